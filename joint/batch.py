@@ -1,0 +1,68 @@
+"""The batch: everything a step needs as tensors, ragged by offsets and never padded.
+
+Shapes: R requests, N candidates of all requests (a request's are contiguous), T tasks, P pool items of this rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+from joint.data.order import Position
+
+
+@dataclass
+class Batch(Pipelineable):
+    """One step's requests on this rank. R is at least 1: a rank without requests holds one with empty lists."""
+
+    sparse: dict[str, KeyedJaggedTensor]  # embedding dim -> keys of stride R: request, history, candidate and pool ids
+    inner: dict[str, Tensor]  # key of an 'ids' feature -> how many ids each of its rows has
+    floats: dict[str, Tensor]  # key of a float feature -> [R, 1] or [N, 1] or [P, 1]
+    lengths: dict[str, Tensor]  # history -> events a request [R]
+    offsets: Tensor  # [R + 1]
+    row: Tensor  # [N] the request of each candidate
+    item: Tensor  # [N] item index
+    stages: Tensor  # [N] flags of `joint.schema.Stage`
+    labels: Tensor  # [N, T] in [0, 1]; 0 where not observed
+    positive: Tensor  # [N, T] bool: exposed with the task's feedback
+    observed: Tensor  # [N, T] bool: an exposure with known feedback, or an unexposed candidate (label 0)
+    request_id: Tensor  # [R]
+    group: Tensor  # [R]
+    head_rows: dict[str, Tensor]  # head -> the candidates it has to score, ascending
+    pool_item: Tensor  # [P] item index; -1 pads the last rank's slice
+    excluded: Tensor  # [E, 2] (request, item) that are not eligible
+    requests: int  # real ones: 0 on a rank that has run out, else R
+    unknown: int  # ids that fell outside their table and became 0
+    position: Position  # of the batch that follows this one
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+        """The batch on another device."""
+        return self._map(lambda tensor: tensor.to(device=device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tell the allocator that `stream` uses the tensors."""
+
+        def record(tensor: Any) -> Any:
+            tensor.record_stream(stream)
+            return tensor
+
+        self._map(record)
+
+    def _map(self, function: Callable[[Any], Any]) -> Batch:
+        def apply(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: function(tensor) for key, tensor in value.items()}
+            return function(value) if isinstance(value, Tensor) else value
+
+        return Batch(**{field.name: apply(getattr(self, field.name)) for field in dataclasses.fields(self)})

@@ -1,0 +1,282 @@
+"""One experiment as frozen dataclasses, and the checks that need more than one of them.
+
+`python -m joint.config FILE [key=value ...]` prints the resolved config, or every mistake in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from joint import settings
+from joint.commands import run_command
+from joint.data.sampling import Quota
+from joint.objectives import Distillation, MultiClass, Objective, spaces_of
+from joint.schema import POOL_TOKENS, SPACE_TOKENS, STAGES, Feature, Schema
+from towers.pre_ranking import PreRanking
+from towers.ranking import Ranking
+from towers.retrieval import Retrieval
+from towers.sequence import Mean, SelfAttention, TargetAttention
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Where a run is kept (`DIR/NAME`), and the one seed of everything random in it."""
+
+    name: str
+    dir: str = "runs"
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What is read, and what a batch is made of."""
+
+    path: str
+    train: tuple[Literal["train", "valid", "test"], ...] = ("train",)
+    requests_per_batch: int = 256  # global: shared out over the ranks
+    epochs: int = 1
+    shards: int = 8  # virtual shards a day is dealt into: a multiple of every world size to be used
+    candidates: dict[str, Quota]  # stage -> how many of a request's candidates, 'all', or random draws
+    not_eligible: tuple[str, ...] = ()  # histories whose items are never recommended again
+
+    def __post_init__(self) -> None:
+        if self.requests_per_batch % self.shards:
+            raise ValueError(f"requests_per_batch {self.requests_per_batch} is not a multiple of shards {self.shards}")
+        if self.epochs < 0:
+            raise ValueError(f"epochs is {self.epochs}; expected 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A kind of feedback to predict, from a label column; a value of `at_least` or more counts as positive."""
+
+    label: str
+    at_least: float = 1.0
+    kind: Literal["binary", "ratio"] = "binary"  # ratio: the label itself, clipped to [0, 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """An embedding table; `auto` rows are as many as the dataset has ids."""
+
+    rows: int | Literal["auto"] = "auto"
+    dim: int
+    sharding: Literal["auto", "table_wise", "row_wise"] = "auto"
+    init: float = 0.05  # rows start uniform in [-init, init]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """A named reading of a history, which heads list among their features."""
+
+    history: str
+    features: tuple[str, ...]  # item features of each past item
+    events: tuple[str, ...] = ()  # event features, projected and added to the item's
+    length: int = 50  # newest events read
+    by: Mean | SelfAttention | TargetAttention
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """The stages of the funnel; any may be absent."""
+
+    retrieval: Retrieval | None = None
+    pre_ranking: PreRanking | None = None
+    ranking: Ranking | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableOptimizer:
+    """The fused optimizer of all tables, applied in the backward pass. Row-wise: one float of state per row."""
+
+    kind: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
+    lr: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseOptimizer:
+    """The optimizer of everything that is not a table."""
+
+    kind: Literal["adam", "adamw"] = "adam"
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """Both optimizers, and a linear warm-up they share."""
+
+    tables: TableOptimizer = TableOptimizer()
+    dense: DenseOptimizer = DenseOptimizer()
+    warmup_steps: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """How often a run speaks, saves and looks at its validation part (0: never)."""
+
+    log_every: int = 10
+    checkpoint_every: int = 100
+    keep: int = 2
+    evaluate_every_epochs: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What is measured, on which part, and the quotas of the funnel."""
+
+    valid: Literal["train", "valid", "test"] = "valid"
+    test: Literal["train", "valid", "test"] = "test"
+    task: str  # whose positives are what a head should find
+    k: tuple[int, ...] = (20, 100)
+    quotas: dict[str, int] = field(default_factory=dict)  # head -> candidates it keeps, in the funnel's order
+    candidates_per_batch: int = 65_536
+    baselines: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything one experiment is."""
+
+    run: Run
+    data: Data
+    tasks: dict[str, Task]
+    tables: dict[str, Table]
+    encoders: dict[str, Encoder] = field(default_factory=dict)
+    heads: Heads
+    objectives: dict[str, Objective]
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    evaluation: Evaluation
+
+
+HEADS = ("retrieval", "pre_ranking", "ranking")
+
+
+def heads_of(config: Config) -> dict[str, Retrieval | PreRanking | Ranking]:
+    """The heads a config has, in the funnel's order."""
+    found = {name: getattr(config.heads, name) for name in HEADS}
+    return {name: head for name, head in found.items() if head is not None}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, settings.Tree]:
+    """Read and check an experiment; the tree remembers where each value was written, for later checks.
+
+    Raises:
+        ConfigError: one line per mistake, all of them.
+    """
+    tree = settings.read(path, overrides)
+    config = settings.decode(tree, Config)
+    settings.raise_at(tree, list(_mistakes(config)))
+    return config, tree
+
+
+def check_against(config: Config, tree: settings.Tree, schema: Schema) -> None:
+    """Check names against a dataset: features, id spaces, histories, labels and stages.
+
+    Raises:
+        ConfigError: one line per mistake, all of them.
+    """
+    settings.raise_at(tree, list(_misfits(config, schema)))
+
+
+Mistake = tuple[str, str]
+
+
+def _unknown(path: str, names: Sequence[str], known: Sequence[str], what: str) -> Iterator[Mistake]:
+    for name in names:
+        if name not in known:
+            yield path, f"no {what} {name!r}{settings.near_miss(name, known)}"
+
+
+def _mistakes(config: Config) -> Iterator[Mistake]:
+    heads = heads_of(config)
+    if not heads:
+        yield "heads", "no head; expected at least one of retrieval, pre_ranking, ranking"
+    stages = [*STAGES]
+    yield from _unknown("data.candidates", list(config.data.candidates), stages, "stage")
+    yield from _unknown("evaluation.task", [config.evaluation.task], list(config.tasks), "task")
+    yield from _unknown("evaluation.quotas", list(config.evaluation.quotas), list(heads), "head")
+    if "random" in config.data.candidates and config.data.candidates["random"] == "all":
+        yield "data.candidates.random", "expected a number of draws, found 'all'"
+    for name, head in heads.items():
+        yield from _unknown(f"heads.{name}.fusion", list(head.fusion), list(config.tasks), "task")
+    for name, objective in config.objectives.items():
+        yield from _objective_mistakes(config, f"objectives.{name}", objective)
+
+
+def _objective_mistakes(config: Config, path: str, objective: Objective) -> Iterator[Mistake]:
+    yield from _unknown(f"{path}.tasks", objective.tasks, list(config.tasks), "task")
+    heads = list(heads_of(config))
+    yield from _unknown(f"{path}.head", [objective.head], heads, "head")
+    tokens = {token for spaces in spaces_of(objective).values() for token in spaces} | set(objective.space)
+    yield from _unknown(f"{path}.space", sorted(tokens), SPACE_TOKENS, "space")
+    pooled = sorted(tokens & set(POOL_TOKENS))
+    if isinstance(objective, MultiClass):
+        if objective.head != "retrieval" or tuple(objective.space) != ("corpus",):
+            yield path, "multi_class trains the retrieval head over space [corpus]"
+    elif pooled:
+        yield f"{path}.space", f"{objective.loss} compares candidates of a request; {pooled[0]} is not among them"
+    if isinstance(objective, Distillation):
+        yield from _unknown(f"{path}.teacher", [objective.teacher], heads, "head")
+        if objective.teacher == objective.head:
+            yield f"{path}.teacher", "a head cannot teach itself"
+    for token in sorted(tokens - set(POOL_TOKENS)):
+        drawn = "exposed" if token in ("positive", "exposed_neg") else token
+        flags = STAGES.get(drawn)
+        if flags is not None and not any(STAGES[name] & flags for name in config.data.candidates if name in STAGES):
+            yield f"{path}.space", f"{token} holds nothing: data.candidates draws no {drawn}"
+
+
+def _misfits(config: Config, schema: Schema) -> Iterator[Mistake]:
+    features = {feature.name: feature for feature in schema.features}
+    histories = [history.name for history in schema.histories]
+    stages = [*schema.stages, "random", *(g for g, f in STAGES.items() if any(f & STAGES[s] for s in schema.stages))]
+    yield from _unknown("data.candidates", list(config.data.candidates), stages, "logged stage")
+    yield from _unknown("data.not_eligible", config.data.not_eligible, histories, "history")
+    for name, task in config.tasks.items():
+        yield from _unknown(f"tasks.{name}.label", [task.label], schema.labels, "label")
+    used: dict[str, Feature] = {}
+    for name, encoder in config.encoders.items():
+        path = f"encoders.{name}"
+        yield from _unknown(f"{path}.history", [encoder.history], histories, "history")
+        events = schema.history(encoder.history).events if encoder.history in histories else ()
+        yield from _unknown(f"{path}.events", encoder.events, events, f"event of {encoder.history}")
+        items = [f.name for f in schema.features if f.level == "item"]
+        yield from _unknown(f"{path}.features", encoder.features, items, "item feature")
+        used |= {f: features[f] for f in (*encoder.features, *encoder.events) if f in features}
+    for name, head in heads_of(config).items():
+        known = [f.name for f in schema.features if f.level != "event"] + list(config.encoders)
+        yield from _unknown(f"heads.{name}.features", head.features, known, "feature or encoder")
+        used |= {f: features[f] for f in head.features if f in features}
+        crossed = [e for e in head.features if e in config.encoders and _sees_candidate(config.encoders[e])]
+        if crossed and name != "ranking":
+            yield f"heads.{name}.features", f"{crossed[0]} attends from each candidate; its vectors could not be cached"
+    spaces = {feature.space for feature in used.values() if feature.kind != "float"}
+    for space in sorted(spaces - set(config.tables)):
+        yield "tables", f"no table {space!r}, which features in use need"
+    for space in sorted(set(config.tables) - {f.space for f in schema.features}):
+        yield f"tables.{space}", f"the dataset has no id space {space!r}{settings.near_miss(space, list(spaces))}"
+
+
+def _sees_candidate(encoder: Encoder) -> bool:
+    return isinstance(encoder.by, TargetAttention)
+
+
+def main() -> int:
+    """Print the resolved config; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="joint.config", description="Print a config as resolved, or its mistakes.")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_args()
+    config, _ = load_config(arguments.config, arguments.overrides)
+    print(settings.dump(config), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

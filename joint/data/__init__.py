@@ -1,0 +1,1 @@
+"""From logs to batches: readers, the dataset on disk, order, sampling, and the loader."""

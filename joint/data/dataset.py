@@ -1,0 +1,171 @@
+"""The dataset on disk: a schema, a catalogue and request files; written whole, read by row groups."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from joint.data.ragged import Ragged
+from joint.data.requests import Column, Requests, concatenate_requests, from_arrow, to_arrow
+from joint.errors import DataError
+from joint.schema import Part, Schema, read_schema
+
+REQUEST_COLUMNS = ("request_id", "timestamp", "group")
+CANDIDATE_COLUMNS = ("candidates", "stages")
+
+
+class Dataset:
+    """A prepared dataset, opened for reading. Everything that can be wrong with its files is said here.
+
+    Raises:
+        DataError: a file is missing, truncated, of another length than `dataset.json` says, or lacks a column.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.schema = read_schema(self.directory)
+        self.catalogue = self._read_catalogue()
+        for part in self.schema.parts:
+            self._check_part(part)
+
+    def columns(self) -> tuple[str, ...]:
+        """Every column a request file must have, in file order."""
+        schema = self.schema
+        events = [f"{history.name}.{event}" for history in schema.histories for event in history.events]
+        names = [feature.name for feature in schema.features if feature.level == "request"]
+        histories = [history.name for history in schema.histories]
+        return (*REQUEST_COLUMNS, "split", *names, *histories, *events, *CANDIDATE_COLUMNS, *schema.labels)
+
+    def parts(self, splits: Sequence[str]) -> dict[str, list[Part]]:
+        """Day -> its request files of these splits; days in time order."""
+        chosen = [part for part in self.schema.parts if part.split in splits]
+        if not sum(part.rows for part in chosen):
+            raise DataError(f"{self.directory}: no request in split {' or '.join(splits)}; nothing to do")
+        days = sorted({part.day for part in chosen})
+        return {day: [part for part in chosen if part.day == day] for day in days}
+
+    def read(self, part: Part, groups: Sequence[int]) -> Requests:
+        """Row groups of a request file, without the `split` column."""
+        path = self.directory / part.path
+        names = [name for name in self.columns() if name != "split"]
+        try:
+            return from_arrow(pq.ParquetFile(path).read_row_groups(list(groups), columns=names))
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path}: row groups {list(groups)} cannot be read ({error})") from error
+
+    def read_split(self, split: str) -> Requests:
+        """All requests of a split at once, in time order: for evaluation and baselines."""
+        parts = [part for day in self.parts([split]).values() for part in day]
+        return concatenate_requests([self.read(part, range(len(part.groups))) for part in parts])
+
+    def _read_catalogue(self) -> dict[str, Column]:
+        path = self.directory / "items.parquet"
+        table = _open(path, pq.read_table)
+        if table.num_rows != self.schema.items:
+            raise DataError(f"{path}: {table.num_rows} items; dataset.json says {self.schema.items}")
+        names = [feature.name for feature in self.schema.features if feature.level == "item"]
+        _require(path, names, table.column_names)
+        return dict(from_arrow(table.select(names)).columns)
+
+    def _check_part(self, part: Part) -> None:
+        path = self.directory / part.path
+        file = _open(path, pq.ParquetFile)
+        _require(path, self.columns(), file.schema_arrow.names)
+        if file.metadata.num_rows != part.rows:
+            raise DataError(f"{path}: {file.metadata.num_rows} requests; dataset.json says {part.rows}")
+
+
+def _open(path: Path, reader):  # type: ignore[no-untyped-def]
+    try:
+        return reader(path)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: not found, though dataset.json names it") from error
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a whole Parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _require(path: Path, wanted: Sequence[str], found: Sequence[str]) -> None:
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise DataError(f"{path}: no column {', '.join(missing)}; found: {', '.join(found)}")
+
+
+class DatasetWriter:
+    """Writes a dataset into a temporary folder beside OUT, which `finish` renames; a failure leaves nothing.
+
+    Use as a context manager: `add` requests of one day and split at a time, in time order, then `finish`.
+    """
+
+    def __init__(self, out: str | Path, *, overwrite: bool = False) -> None:
+        self.out = Path(out)
+        if self.out.exists() and not overwrite:
+            raise DataError(f"{self.out}: exists already; choose another folder or say --overwrite")
+        if self.out.exists() and not (self.out / "dataset.json").is_file():
+            raise DataError(f"{self.out}: is not a dataset, and will not be overwritten")
+        self.temporary = self.out.with_name(f".{self.out.name}.unfinished")
+        self._parts: list[Part] = []
+        self._digest = hashlib.sha256()
+
+    def __enter__(self) -> DatasetWriter:
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        self.temporary.mkdir(parents=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+    def items(self, columns: Mapping[str, Column]) -> None:
+        """Write the catalogue: row number = item index."""
+        self._write("items.parquet", to_arrow(Requests(columns)), group=65_536)
+
+    def vocabulary(self, space: str, values: Sequence[object]) -> None:
+        """Keep the words of an id space: the word of id i + 1 is `values[i]`."""
+        self._write(f"vocabularies/{space}.parquet", pa.table({"value": pa.array(list(values))}), group=65_536)
+
+    def add(self, requests: Requests, *, day: str, split: str) -> None:
+        """Write one day's requests of one split as one file; nothing is written for none."""
+        if not len(requests):
+            return
+        table = to_arrow(requests).append_column("split", pa.array([split] * len(requests)).dictionary_encode())
+        path = f"requests/day={day}/part-{split}.parquet"
+        # Many small row groups let a day be dealt evenly to the virtual shards; large ones read faster.
+        group = int(np.clip(len(requests) // 128, 16, 1024))
+        self._write(path, table, group=group)
+        sizes = tuple(min(group, len(requests) - start) for start in range(0, len(requests), group))
+        self._parts.append(Part(path=path, day=day, split=split, groups=sizes))
+
+    def finish(self, schema: Schema) -> Schema:
+        """Write `dataset.json` (with the parts and the hash filled in) and move everything into place."""
+        schema = dataclasses.replace(schema, parts=tuple(self._parts), hash=self._digest.hexdigest()[:16])
+        (self.temporary / "dataset.json").write_text(schema.to_json())
+        if self.out.exists():
+            shutil.rmtree(self.out)
+        self.temporary.rename(self.out)
+        return schema
+
+    def _write(self, name: str, table: pa.Table, *, group: int) -> None:
+        path = self.temporary / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, path, row_group_size=group, compression="zstd")
+        self._digest.update(name.encode() + path.read_bytes())
+
+
+def vocabulary_ids(values: pd.Series) -> tuple[np.ndarray, list[object]]:
+    """Ids 1 .. V of the sorted distinct values, and those values; a missing value is id 0."""
+    codes, words = pd.factorize(values, sort=True)
+    return codes.astype(np.int64) + 1, list(words)
+
+
+def ragged_vocabulary_ids(lists: pd.Series) -> tuple[Ragged, list[object]]:
+    """`vocabulary_ids` for a column of lists."""
+    lengths = lists.map(len).to_numpy()
+    codes, words = vocabulary_ids(lists.explode()[np.repeat(lengths > 0, np.maximum(lengths, 1))])
+    return Ragged(codes, np.concatenate([[0], np.cumsum(lengths)])), words

@@ -1,0 +1,127 @@
+"""The loader: positions in, batches out, the next one prepared while this one trains."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import TypeVar
+
+import numpy as np
+
+from joint.batch import Batch
+from joint.data.assemble import Assembler, logged, not_eligible
+from joint.data.order import DayOrder, Position
+from joint.data.ragged import Ragged, draw, side_by_side
+from joint.data.requests import Requests, concatenate_requests
+from joint.data.sampling import Candidates, random_items, sample_stages, with_random
+
+T = TypeVar("T")
+
+
+class Loader:
+    """This rank's training batches of a run, from any position on.
+
+    Every rank yields the same number of batches; one that has run out of requests yields empty ones.
+    """
+
+    def __init__(self, assembler: Assembler, *, rank: int, world_size: int) -> None:
+        data = assembler.plan.config.data
+        if data.shards % world_size:
+            raise ValueError(f"data.shards {data.shards} is not a multiple of the world size {world_size}")
+        self.assembler = assembler
+        self.days = assembler.dataset.parts(data.train)
+        self.data = data
+        self.seed = assembler.plan.config.run.seed
+        self.shards = range(rank, data.shards, world_size)
+        items = assembler.dataset.schema.items
+        self.pool = corpus_slice(items if assembler.plan.uses_corpus else 0, rank, world_size)
+
+    def batches_per_epoch(self) -> int:
+        """Steps of the first epoch (the deal differs a little from epoch to epoch)."""
+        return sum(self._order(0, day).batches for day in self.days)
+
+    def from_position(self, start: Position) -> Iterator[Batch]:
+        """Batches from `start` to the end of the last epoch, prepared one ahead in a thread."""
+        return prefetch(self._batches(start), depth=2)
+
+    def _order(self, epoch: int, day: str) -> DayOrder:
+        return DayOrder(
+            self.days[day], day, epoch=epoch, seed=self.seed, shards=self.data.shards, batch=self.data.requests_per_batch
+        )
+
+    def _batches(self, start: Position) -> Iterator[Batch]:
+        days = list(self.days)
+        for epoch in range(start.epoch, self.data.epochs):
+            for day in range(start.day if epoch == start.epoch else 0, len(days)):
+                order = self._order(epoch, days[day])
+                first = start.batch if (epoch, day) == (start.epoch, start.day) else 0
+                streams = [order.shares(shard, first, self.assembler.dataset) for shard in self.shards]
+                for batch, shares in enumerate(zip(*streams, strict=True), start=first):
+                    following = Position(epoch, day, batch + 1)
+                    if batch + 1 == order.batches:
+                        following = Position(epoch, day + 1) if day + 1 < len(days) else Position(epoch + 1)
+                    present = [share for share in shares if share is not None]
+                    yield self._batch(present, epoch, following)
+
+    def _batch(self, shares: list[Requests], epoch: int, following: Position) -> Batch:
+        if not shares:
+            return self.assembler.empty(self.pool, position=following)
+        requests = concatenate_requests(shares)
+        return self.assembler(requests, self._sample(requests, epoch), self.pool, position=following)
+
+    def _sample(self, requests: Requests, epoch: int) -> Candidates:
+        keys = draw(self.seed, epoch, requests.scalars("request_id"))
+        candidates = logged(requests, self.assembler.dataset)
+        quotas = self.data.candidates
+        quota = quotas.get("random", 0)
+        chosen = sample_stages(candidates, quotas, keys)
+        if not quota:
+            return chosen
+        assert quota != "all"  # a config error
+        taken = not_eligible(requests, self.assembler.plan.config)
+        taken, _ = side_by_side(taken, Ragged(candidates.items.values.astype(np.int64), candidates.items.offsets))
+        return with_random(chosen, random_items(taken, quota, self.assembler.dataset.schema.items, keys))
+
+
+def corpus_slice(items: int, rank: int, world_size: int) -> np.ndarray:
+    """This rank's slice of the item indices; all slices are equally long, the last ones padded with -1."""
+    share = -(-items // world_size)
+    mine = np.arange(rank * share, (rank + 1) * share)
+    return np.where(mine < items, mine, -1)
+
+
+def prefetch(iterator: Iterator[T], *, depth: int) -> Iterator[T]:
+    """Run an iterator in a thread, `depth` items ahead; its exception is raised here, and it stops with us."""
+    ready: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(kind: str, value: T | BaseException | None) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put((kind, value), timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for value in iterator:
+                put("value", value)
+                if stopped.is_set():
+                    return
+            put("end", None)
+        except BaseException as error:  # handed over, whatever it is
+            put("error", error)
+
+    threading.Thread(target=work, daemon=True, name="loader").start()
+    try:
+        while True:
+            kind, value = ready.get()
+            if kind == "error":
+                assert isinstance(value, BaseException)
+                raise value
+            if kind == "end":
+                return
+            yield value  # type: ignore[misc]
+    finally:
+        stopped.set()

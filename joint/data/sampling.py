@@ -1,0 +1,112 @@
+"""Which candidates of a request are trained on: quotas per stage, and random negatives.
+
+Every draw is a hash of (seed, epoch, request, slot): the same for any number of ranks, any batch and any restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from joint.data.ragged import Ragged, draw, offsets_of, side_by_side
+from joint.schema import STAGES, Stage
+
+Quota = int | Literal["all"]
+ATTEMPTS = 8  # draws for a slot before it is given up: with half the catalogue taken, 1 in 256 stays empty
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Candidates of some requests: item indices, and per candidate its stage flags and label columns."""
+
+    items: Ragged
+    stages: np.ndarray  # uint16 [N]
+    labels: Mapping[str, np.ndarray]  # float32 [N], NaN where not observed
+
+    def keep(self, mask: np.ndarray) -> Candidates:
+        """Without the candidates where `mask` [N] is False."""
+        labels = {name: values[mask] for name, values in self.labels.items()}
+        return Candidates(self.items.keep(mask), self.stages[mask], labels)
+
+
+def unlabelled(items: Ragged, labels: tuple[str, ...], stage: Stage = Stage.RANDOM) -> Candidates:
+    """Candidates of which nothing is known: sampled ones, or a whole catalogue to be scored."""
+    nothing = np.full(len(items.values), np.nan, np.float32)
+    return Candidates(items, np.full(len(items.values), stage, np.uint16), dict.fromkeys(labels, nothing))
+
+
+def sample_stages(logged: Candidates, quotas: Mapping[str, Quota], keys: np.ndarray) -> Candidates:
+    """At most `quotas[stage]` logged candidates of each request and stage, drawn without replacement.
+
+    Args:
+        quotas: stage or group name -> how many, or 'all'. Stages not named are left out; a stage name does not
+            count exposed candidates, `exposed` does.
+        keys: uint64 [R], a hash of (seed, epoch, request).
+    """
+    kept = np.zeros(len(logged.stages), bool)
+    exposed = (logged.stages & Stage.EXPOSED) != 0
+    rows = logged.items.rows
+    place = np.arange(len(rows)) - logged.items.offsets[:-1][rows]
+    for name, quota in quotas.items():
+        if name == "random":
+            continue
+        flags = STAGES[name]
+        member = exposed if flags == Stage.EXPOSED else ((logged.stages & int(flags)) != 0) & ~exposed
+        kept |= member if quota == "all" else _first(member, rows, draw(keys[rows], int(flags), place), quota)
+    return logged.keep(kept)
+
+
+def _first(member: np.ndarray, rows: np.ndarray, order: np.ndarray, quota: int) -> np.ndarray:
+    """The `quota` members of each request that come first by `order`."""
+    index = np.flatnonzero(member)
+    index = index[np.lexsort((order[index], rows[index]))]
+    counts = np.bincount(rows[index], minlength=1)
+    nth = np.arange(len(index)) - np.repeat(offsets_of(counts)[:-1], counts)
+    first = np.zeros(len(member), bool)
+    first[index[nth < quota]] = True
+    return first
+
+
+def random_items(taken: Ragged, quota: int, items: int, keys: np.ndarray) -> Ragged:
+    """Up to `quota` items of a catalogue of `items`, uniform and with replacement, none of those in `taken`.
+
+    A slot that hits a taken item is drawn again, up to ATTEMPTS times, then left empty.
+    """
+    rows = np.repeat(np.arange(len(keys)), quota)
+    slots = np.tile(np.arange(quota), len(keys))
+    drawn = np.full(len(rows), -1)
+    open_ = np.arange(len(rows))
+    taken_pairs = np.unique(taken.rows * items + taken.values)
+    for attempt in range(ATTEMPTS):
+        if not len(open_):
+            break
+        tried = (draw(keys[rows[open_]], slots[open_], attempt) % np.uint64(items)).astype(np.int64)
+        free = ~_contains(taken_pairs, rows[open_] * items + tried)
+        drawn[open_[free]] = tried[free]
+        open_ = open_[~free]
+    return Ragged(drawn, offsets_of(np.full(len(keys), quota))).keep(drawn >= 0)
+
+
+def eligible_items(taken: Ragged, items: int) -> Ragged:
+    """For every request all items of the catalogue but those in `taken`."""
+    free = np.ones((len(taken), items), bool)
+    free[taken.rows, taken.values] = False
+    return Ragged(np.nonzero(free)[1], offsets_of(free.sum(axis=1)))
+
+
+def with_random(logged: Candidates, drawn: Ragged) -> Candidates:
+    """Logged candidates followed, within each request, by sampled ones."""
+    more = unlabelled(drawn, tuple(logged.labels))
+    items, index = side_by_side(logged.items, more.items)
+    labels = {name: np.concatenate([logged.labels[name], more.labels[name]])[index] for name in logged.labels}
+    return Candidates(items, np.concatenate([logged.stages, more.stages])[index], labels)
+
+
+def _contains(sorted_values: np.ndarray, values: np.ndarray) -> np.ndarray:
+    if not len(sorted_values):
+        return np.zeros(len(values), bool)
+    place = np.searchsorted(sorted_values, values).clip(max=len(sorted_values) - 1)
+    return sorted_values[place] == values

@@ -1,0 +1,163 @@
+"""Objectives: which loss, on which head, over which space, how much. They only pick tensors and mask.
+
+A config's `objectives` maps free names to these. `compute` turns one into a `LossTerm` per task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import losses
+from joint.batch import Batch
+from joint.outputs import HeadOutput, Outputs
+from joint.schema import EXPOSED_TOKENS, STAGES, Stage
+from losses import LossTerm
+
+Head = Literal["retrieval", "pre_ranking", "ranking"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Common:
+    head: Head
+    space: tuple[str, ...]
+    tasks: tuple[str, ...] = ()  # none named: all of them
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Binary(_Common):
+    """Binary cross-entropy on the labels (RRA 1, SDCL 3); an unexposed candidate of the space has label 0."""
+
+    loss: Literal["binary"] = "binary"
+    positive_weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation(_Common):
+    """Cross-entropy against the teacher's probabilities (RRA 5-6, SDCL 5)."""
+
+    loss: Literal["distillation"] = "distillation"
+    teacher: Head = "ranking"
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiClass(_Common):
+    """Softmax over the corpus for every impression (RRA 3): positives weigh 1, merely shown ones `shown_weight`."""
+
+    loss: Literal["multi_class"] = "multi_class"
+    shown_weight: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveContrastive(_Common):
+    """Each winner against the space's candidates of its request, weighted by how hard they are (SDCL 7-8)."""
+
+    loss: Literal["adaptive_contrastive"] = "adaptive_contrastive"
+    winners: tuple[str, ...] = ("positive",)
+    temperature: float = 1.0
+    delta: float = 1.0
+    adaptive: bool = True
+
+
+Objective = Binary | Distillation | MultiClass | AdaptiveContrastive
+
+
+def spaces_of(objective: Objective) -> dict[str, tuple[str, ...]]:
+    """Head -> the spaces whose candidates the objective needs that head to score."""
+    if isinstance(objective, MultiClass):
+        return {}  # the impressions are scored as pool items
+    spaces = objective.space + (objective.winners if isinstance(objective, AdaptiveContrastive) else ())
+    heads = [objective.head, *([objective.teacher] if isinstance(objective, Distillation) else [])]
+    return {head: spaces for head in heads}
+
+
+def head_spaces(objectives: Iterable[Objective], heads: Iterable[str]) -> dict[str, frozenset[str]]:
+    """Head -> all spaces it has to score in training; the loader turns them into rows."""
+    needed: dict[str, set[str]] = {head: set() for head in heads}
+    for objective in objectives:
+        for head, spaces in spaces_of(objective).items():
+            needed[head].update(spaces)
+    return {head: frozenset(spaces) for head, spaces in needed.items()}
+
+
+def stage_mask(tokens: Iterable[str], stages: Tensor) -> Tensor:
+    """Candidates that may belong to a space by their stage alone: bool [N]."""
+    mask = torch.zeros_like(stages, dtype=torch.bool)
+    exposed = (stages & int(Stage.EXPOSED)) != 0
+    for token in tokens:
+        mask |= exposed if token in EXPOSED_TOKENS else ((stages & int(STAGES[token])) != 0) & ~exposed
+    return mask
+
+
+def space_mask(tokens: Sequence[str], batch: Batch, tasks: Tensor) -> Tensor:
+    """Candidates of a space, for each of the `tasks` (indices): bool [N, T]."""
+    mask = torch.zeros_like(batch.positive[:, tasks])
+    for token in tokens:
+        member = stage_mask([token], batch.stages)[:, None] & batch.observed[:, tasks]
+        if token == "positive":
+            member = member & batch.positive[:, tasks]
+        elif token == "exposed_neg":
+            member = member & ~batch.positive[:, tasks]
+        elif token == "exposed":
+            member = member.expand_as(mask)
+        mask = mask | member
+    return mask
+
+
+def compute(objective: Objective, outputs: Outputs, batch: Batch, task_names: Sequence[str]) -> LossTerm:
+    """The objective's loss and count per task, float32 [T'], in the order of its tasks (or of all tasks)."""
+    names = objective.tasks or tuple(task_names)
+    tasks = torch.tensor([list(task_names).index(name) for name in names], device=batch.item.device)
+    head = outputs[objective.head]
+    match objective:
+        case MultiClass():
+            return _multi_class(objective, head, batch, tasks)
+        case Binary():
+            mask = space_mask(objective.space, batch, tasks) & head.computed[:, None]
+            weight = None if objective.positive_weight == 1 else objective.positive_weight
+            return losses.binary(head.logits[:, tasks], batch.labels[:, tasks], positive_weight=weight, mask=mask)
+        case Distillation():
+            teacher = outputs[objective.teacher]
+            mask = space_mask(objective.space, batch, tasks) & (head.computed & teacher.computed)[:, None]
+            return losses.distillation(
+                head.logits[:, tasks], teacher.logits[:, tasks], temperature=objective.temperature, mask=mask
+            )
+        case AdaptiveContrastive():
+            assert head.features is not None
+            return losses.adaptive_contrastive(
+                head.logits[:, tasks],
+                space_mask(objective.winners, batch, tasks),
+                space_mask(objective.space, batch, tasks),
+                head.features,
+                batch.offsets,
+                temperature=objective.temperature,
+                delta=objective.delta,
+                adaptive=objective.adaptive,
+            )
+
+
+def _multi_class(objective: MultiClass, head: HeadOutput, batch: Batch, tasks: Tensor) -> LossTerm:
+    """Per task every impression is a row, its request's vector the query, against all eligible items."""
+    assert head.user is not None and head.corpus is not None
+    terms = []
+    for task in tasks.tolist():
+        seen = stage_mask(("exposed",), batch.stages) & batch.observed[:, task]
+        candidate = seen.nonzero().flatten()
+        terms.append(
+            losses.multi_class_vectors(
+                head.user[:, task],
+                head.corpus,
+                batch.row[candidate],
+                batch.item[candidate],
+                sample_weight=torch.where(batch.positive[candidate, task], 1.0, objective.shown_weight),
+                log_q=head.corpus_log_q,
+                excluded=batch.excluded,
+            )
+        )
+    return LossTerm(torch.stack([t.total for t in terms]), torch.stack([t.count for t in terms]))

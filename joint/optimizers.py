@@ -1,0 +1,46 @@
+"""The fused optimizer of the tables (in backward), the dense optimizer, and their common schedule."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torchrec.distributed import DistributedModelParallel
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import SGD, Adagrad, in_backward_optimizer_filter
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+from joint.config import Optimizer
+
+TABLE_OPTIMIZERS = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": Adagrad, "sgd": SGD}
+DENSE_OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
+def optimize_tables_in_backward(tables: nn.Module, config: Optimizer) -> None:
+    """Attach the tables' optimizer; before sharding, or the fused kernels fall back to plain SGD."""
+    settings = {"lr": config.tables.lr} | ({} if config.tables.kind == "sgd" else {"eps": 1e-8})
+    apply_optimizer_in_backward(TABLE_OPTIMIZERS[config.tables.kind], tables.parameters(), settings)
+
+
+def build_optimizer(model: DistributedModelParallel, config: Optimizer) -> CombinedOptimizer:
+    """Both optimizers as one: `tables` (whose step happened in backward) and `dense`."""
+    kind = DENSE_OPTIMIZERS[config.dense.kind]
+    dense = KeyedOptimizerWrapper(
+        dict(in_backward_optimizer_filter(model.named_parameters())),
+        lambda parameters: kind(parameters, lr=config.dense.lr, weight_decay=config.dense.weight_decay),
+    )
+    dense.init_state()  # moments exist from the start, so that a checkpoint always finds them
+    return CombinedOptimizer([("tables", model.fused_optimizer), ("dense", dense)])
+
+
+def set_learning_rates(optimizer: CombinedOptimizer, config: Optimizer, step: int) -> dict[str, float]:
+    """Set both rates for a step (linear warm-up, then constant) and return them.
+
+    `zero_grad` has to follow before the backward pass: it is what hands the rate to the fused kernels.
+    """
+    scale = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    rates = {"tables": config.tables.lr * scale, "dense": config.dense.lr * scale}
+    for name, part in optimizer.optimizers:
+        for group in part.param_groups:
+            group["lr"] = rates[name]
+    return rates

@@ -1,0 +1,22 @@
+"""What the heads hand to the objectives and to evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class HeadOutput:
+    """One head's scores and the representations that losses need."""
+
+    logits: Tensor  # [N, T]; 0 where not computed
+    computed: Tensor  # [N] bool
+    features: Tensor | None = None  # [N, F] what adaptive negative weights compare: the (gated) item side
+    user: Tensor | None = None  # retrieval: [R, T, D], the temperature folded in
+    corpus: Tensor | None = None  # retrieval: [C', D], all ranks' pool items in order of item index
+    corpus_log_q: Tensor | None = None  # [C'], inf on padding
+
+
+Outputs = dict[str, HeadOutput]  # by head

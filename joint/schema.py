@@ -1,0 +1,149 @@
+"""The words every part shares: stages, spaces, features, tasks and the schema of a dataset. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from enum import IntFlag
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from joint.errors import DataError
+
+FORMAT_VERSION = 1
+PARTS = ("train", "valid", "test")
+
+
+class Stage(IntFlag):
+    """How far a candidate got in the logged funnel; a candidate carries several flags (RecFlow 2.1)."""
+
+    RANDOM = 1  # sampled, not logged
+    PRERANK_NEG = 2
+    COARSE_NEG = 4
+    RANKED = 8  # entered ranking
+    RERANKED = 16
+    RANK_NEG = 32
+    RERANK_NEG = 64
+    RANK_POS = 128
+    RERANK_POS = 256
+    EXPOSED = 512
+
+
+# SDCL's three kinds of negatives, in RecFlow's flags.
+GROUPS = {
+    "matching_ns": Stage.RANDOM,
+    "pre_ranking_ns": Stage.PRERANK_NEG | Stage.COARSE_NEG,
+    "ranking_ns": Stage.RANKED,
+}
+STAGES = {stage.name.lower(): stage for stage in Stage if stage.name} | GROUPS
+EXPOSED_TOKENS = ("exposed", "positive", "exposed_neg")
+POOL_TOKENS = ("corpus",)
+SPACE_TOKENS = (*EXPOSED_TOKENS, *POOL_TOKENS, *(name for name in STAGES if name != "exposed"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feature:
+    """A declared feature: where it lives, what it is, and the id space (the table) its ids belong to."""
+
+    name: str
+    level: Literal["request", "item", "event"]  # event: one value per past item of a history
+    kind: Literal["id", "ids", "float"]
+    space: str = ""  # id space; by default the feature's own name
+    size: int = 0  # ids are 1 .. size - 1, and 0 is unknown; 0 for floats
+
+    def __post_init__(self) -> None:
+        if not self.space:
+            object.__setattr__(self, "space", self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """A list of past items per request, oldest first, with parallel lists of event features (`NAME.EVENT`)."""
+
+    name: str
+    events: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One Parquet file of requests: all of one day and one split, in row groups of known lengths."""
+
+    path: str
+    day: str
+    split: str
+    groups: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        """Requests in the file."""
+        return sum(self.groups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schema:
+    """`dataset.json`: everything a reader must know before it opens the first Parquet file."""
+
+    name: str
+    items: int
+    features: tuple[Feature, ...]
+    histories: tuple[History, ...]
+    labels: tuple[str, ...]
+    stages: tuple[str, ...]  # the stages this log holds
+    input_space: dict[str, tuple[str, ...]]  # head -> logged stages that enter it
+    parts: tuple[Part, ...]
+    provenance: dict[str, object] = field(default_factory=dict)
+    hash: str = ""
+
+    def feature(self, name: str) -> Feature:
+        """The feature of that name; KeyError if there is none."""
+        return {feature.name: feature for feature in self.features}[name]
+
+    def history(self, name: str) -> History:
+        """The history of that name; KeyError if there is none."""
+        return {history.name: history for history in self.histories}[name]
+
+    def requests(self, split: str) -> int:
+        """Requests of a split."""
+        return sum(part.rows for part in self.parts if part.split == split)
+
+    def to_json(self) -> str:
+        """The text of `dataset.json`."""
+        return json.dumps({"version": FORMAT_VERSION} | dataclasses.asdict(self), indent=1)
+
+
+def read_schema(directory: Path) -> Schema:
+    """Read `DIRECTORY/dataset.json`; DataError if it is absent, of another version or not in this form."""
+    path = directory / "dataset.json"
+    if not path.is_file():
+        raise DataError(f"{path}: not found; expected a prepared dataset (python -m joint.prepare SOURCE ... OUT)")
+    try:
+        raw = json.loads(path.read_text())
+        version = raw.pop("version")
+        if version != FORMAT_VERSION:
+            raise DataError(f"{path}: format version {version}; this program reads {FORMAT_VERSION}: prepare it again")
+        return Schema(
+            **raw
+            | {
+                "features": tuple(Feature(**f) for f in raw["features"]),
+                "histories": tuple(History(name=h["name"], events=tuple(h["events"])) for h in raw["histories"]),
+                "parts": tuple(Part(**p | {"groups": tuple(p["groups"])}) for p in raw["parts"]),
+                "labels": tuple(raw["labels"]),
+                "stages": tuple(raw["stages"]),
+                "input_space": {k: tuple(v) for k, v in raw["input_space"].items()},
+            }
+        )
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not a dataset description ({error})") from error
+
+
+def table_rows(ids: np.ndarray, rows: int) -> tuple[np.ndarray, int]:
+    """Map vocabulary ids to table rows: ids outside 0 .. rows - 1 become 0, the row of the unknown.
+
+    Returns the rows (int64, the shape of `ids`) and how many ids were mapped away.
+    """
+    outside = (ids < 0) | (ids >= rows)
+    missed = int(outside.sum())
+    return (np.where(outside, 0, ids) if missed else ids).astype(np.int64, copy=False), missed
