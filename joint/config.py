@@ -14,7 +14,7 @@ from typing import Literal
 from joint import settings
 from joint.commands import run_command
 from joint.data.sampling import Quota
-from joint.objectives import Distillation, MultiClass, Objective, spaces_of
+from joint.objectives import Distillation, Head, MultiClass, Objective, spaces_of
 from joint.schema import POOL_TOKENS, SPACE_TOKENS, STAGES, Feature, Schema
 from towers.pre_ranking import PreRanking
 from towers.ranking import Ranking
@@ -134,8 +134,9 @@ class Evaluation:
     task: str  # whose positives are what a head should find
     k: tuple[int, ...] = (20, 100)
     quotas: dict[str, int] = field(default_factory=dict)  # head -> candidates it keeps, in the funnel's order
-    candidates_per_batch: int = 65_536
-    baselines: bool = True
+    whole_catalogue: tuple[Head, ...] = ()  # heads besides retrieval that also score every item for every request
+    candidates_per_batch: int = 65_536  # rows scored at once where heads score the whole catalogue
+    baselines: bool = False  # popularity, item-kNN, EASE and smoothed means beside the heads, on the same split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +202,7 @@ def _mistakes(config: Config) -> Iterator[Mistake]:
     yield from _unknown("data.candidates", list(config.data.candidates), stages, "stage")
     yield from _unknown("evaluation.task", [config.evaluation.task], list(config.tasks), "task")
     yield from _unknown("evaluation.quotas", list(config.evaluation.quotas), list(heads), "head")
+    yield from _unknown("evaluation.whole_catalogue", config.evaluation.whole_catalogue, list(heads), "head")
     if "random" in config.data.candidates and config.data.candidates["random"] == "all":
         yield "data.candidates.random", "expected a number of draws, found 'all'"
     for name, head in heads.items():

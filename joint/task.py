@@ -6,23 +6,26 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torchrec.distributed import DistributedModelParallel
 
 from joint.batch import Batch
-from joint.distributed import sum_over_ranks, world_size
+from joint.distributed import initialise_tables, shard, sum_over_ranks, world_size
 from joint.errors import UserError
 from joint.features import Plan
 from joint.model import JointModel
 from joint.objectives import compute
+from joint.optimizers import optimize_tables_in_backward
 from joint.outputs import Outputs
 from towers.embeddings import SharedEmbeddings, rows_of
 
 
 @dataclass
 class StepOutput:
-    """What a step leaves behind: the heads' outputs, and each objective's mean over all ranks (detached)."""
+    """What a step leaves behind; a pipeline reads ahead, so it says which batch it was."""
 
+    batch: Batch
     outputs: Outputs
-    losses: dict[str, Tensor]
+    losses: dict[str, Tensor]  # objective -> its mean over the units of all ranks, detached; `total` is their sum
 
 
 class Dense(nn.Module):
@@ -38,9 +41,9 @@ class Dense(nn.Module):
         """The loss over all ranks' units (in training), and the outputs."""
         outputs = self.model(rows_of(looked_up), batch)
         if not self.training:
-            return batch.labels.new_zeros(()), StepOutput(outputs, {})
+            return batch.labels.new_zeros(()), StepOutput(batch, outputs, {})
         loss, values = self._loss(outputs, batch)
-        return loss, StepOutput(outputs, values)
+        return loss, StepOutput(batch, outputs, values)
 
     def _loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Σ weight · Σ_task total / count, with counts (and a finite flag an objective) summed over the ranks.
@@ -63,7 +66,9 @@ class Dense(nn.Module):
         means = (all_totals / divisor).float().split(sizes)
         weights = [objective.weight for objective in self.objectives.values()]
         loss = torch.stack([w * share.sum() for w, share in zip(weights, shares, strict=True)]).sum()
-        return loss, {name: mean.sum() for name, mean in zip(terms, means, strict=True)}
+        values = {name: mean.sum() for name, mean in zip(terms, means, strict=True)}
+        values["total"] = torch.stack([w * value for w, value in zip(weights, values.values(), strict=True)]).sum()
+        return loss, values
 
 
 class JointTask(nn.Module):
@@ -77,3 +82,14 @@ class JointTask(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, StepOutput]:
         """The loss (0 in evaluation) and what the step leaves behind."""
         return self.dense(self.embeddings(batch.sparse), batch)
+
+
+def build_task(plan: Plan, device: torch.device) -> DistributedModelParallel:
+    """The task with its tables sharded, optimized in backward and initialised; the same for any number of ranks."""
+    config = plan.config
+    torch.manual_seed(config.run.seed)
+    task = JointTask(plan)
+    optimize_tables_in_backward(task.embeddings, config.optimizer)
+    model = shard(task, {name: table.sharding for name, table in config.tables.items()}, device=device)
+    initialise_tables(model, {name: table.init for name, table in config.tables.items()}, config.run.seed)
+    return model

@@ -37,9 +37,9 @@ class Loader:
         items = assembler.dataset.schema.items
         self.pool = corpus_slice(items if assembler.plan.uses_corpus else 0, rank, world_size)
 
-    def batches_per_epoch(self) -> int:
-        """Steps of the first epoch (the deal differs a little from epoch to epoch)."""
-        return sum(self._order(0, day).batches for day in self.days)
+    def total_batches(self) -> int:
+        """Steps of the whole run; the deal, and with it the number, differs a little from epoch to epoch."""
+        return sum(self._order(epoch, day).batches for epoch in range(self.data.epochs) for day in self.days)
 
     def from_position(self, start: Position) -> Iterator[Batch]:
         """Batches from `start` to the end of the last epoch, prepared one ahead in a thread."""

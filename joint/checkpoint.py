@@ -1,0 +1,82 @@
+"""Checkpoints: tables, both optimizers and the position, in one folder a step, loadable at any world size.
+
+Nothing random is kept, because all randomness is a function of (seed, step, rank). Checkpoints are trusted files:
+their index is read by `torch.distributed.checkpoint`, which unpickles it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torchrec.distributed import DistributedModelParallel
+from torchrec.optim.keyed import CombinedOptimizer
+
+from joint.data.order import Position
+from joint.distributed import rank
+from joint.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: steps done, and the position of the next batch."""
+
+    step: int = 0
+    position: Position = Position()
+
+
+def save(folder: Path, model: DistributedModelParallel, optimizer: CombinedOptimizer, progress: Progress, *, keep: int) -> None:
+    """Write `FOLDER/step-…` whole, then drop all but the `keep` newest. Every rank takes part."""
+    final = folder / f"step-{progress.step:08d}"
+    if final.exists():
+        return
+    temporary = folder / f".{final.name}.unfinished"
+    if rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+    dist.barrier()
+    numbers = torch.tensor([progress.step, *astuple(progress.position)])
+    dcp.save(_state(model, optimizer) | {"progress": numbers}, checkpoint_id=temporary)
+    dist.barrier()
+    if rank() == 0:
+        temporary.rename(final)
+        for old in steps(folder)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def steps(folder: Path) -> list[Path]:
+    """The complete checkpoints of a folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / ".metadata").is_file())
+
+
+def load_latest(folder: Path, model: DistributedModelParallel, optimizer: CombinedOptimizer | None = None) -> Progress:
+    """Load the newest complete checkpoint in place; the start of a run when there is none.
+
+    Without an optimizer only the model is loaded (evaluation).
+
+    Raises:
+        CheckpointError: it does not fit this model, or cannot be read.
+    """
+    found = steps(folder)
+    if not found:
+        return Progress()
+    numbers = torch.zeros(4, dtype=torch.long)
+    state = _state(model, optimizer) | {"progress": numbers}
+    try:
+        dcp.load(state, checkpoint_id=found[-1])
+    except (dcp.CheckpointException, OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise CheckpointError(f"{found[-1]}: cannot be loaded ({reason})") from error
+    model.load_state_dict(state["model"])
+    if optimizer is not None:
+        optimizer.load_state_dict(state["optimizer"])
+    step, *place = numbers.tolist()
+    return Progress(step, Position(*place))
+
+
+def _state(model: DistributedModelParallel, optimizer: CombinedOptimizer | None) -> dict[str, object]:
+    return {"model": model.state_dict()} | ({"optimizer": optimizer.state_dict()} if optimizer is not None else {})

@@ -1,0 +1,73 @@
+"""The classic baselines on the same split, candidates and positives as the heads: what a trained funnel has to beat."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from joint import baselines, metrics
+from joint.config import Config
+from joint.data.assemble import not_eligible
+from joint.data.dataset import Dataset
+from joint.data.ragged import Ragged
+from joint.data.requests import Requests, concatenate_requests
+from joint.ranks import corpus_ranks
+from joint.schema import PARTS
+
+USER = "user_id"
+SMOOTHING = 5.0  # pseudo-labels of the user and item means
+
+
+def baseline_metrics(config: Config, dataset: Dataset, split: str) -> dict[str, float]:
+    """`baselines/NAME/recall@K` and `baselines/means/auc/TASK`, fitted on the splits before `split`."""
+    before = concatenate_requests([dataset.read_split(part) for part in PARTS[: PARTS.index(split)] if dataset.schema.requests(part)])
+    requests = dataset.read_split(split)
+    task = config.evaluation.task
+    user, item, label = _impressions(before, config, task)
+    positive = label > 0
+    fitted = user[positive], item[positive], dataset.schema.items
+    histories = _histories(requests, user[positive], item[positive])
+    everyone = baselines.popularity(*fitted).expand(len(requests), -1)
+    scores = {
+        "popularity": everyone,
+        "item_knn": baselines.history_scores(baselines.item_knn(*fitted), *histories),
+        "ease": baselines.history_scores(baselines.ease(*fitted), *histories),
+    }
+    row, target, wanted = _where(requests, config, task)
+    taken = not_eligible(requests, config)
+    eligible = torch.ones(len(requests), dataset.schema.items, dtype=torch.bool)
+    eligible[torch.from_numpy(taken.rows), torch.from_numpy(taken.values)] = False
+    cuts = sorted({*config.evaluation.k, *config.evaluation.quotas.values()})
+    found = {}
+    for name, matrix in scores.items():
+        ranks = corpus_ranks(matrix, row[wanted], target[wanted], mask=eligible)
+        found |= {f"baselines/{name}/recall@{k}": metrics.recall_of_ranks(ranks, k).value for k in cuts}
+    means = baselines.smoothed_means(user, item, label, smoothing=SMOOTHING)
+    shown = torch.from_numpy(requests.scalars(USER))[row]
+    return found | {f"baselines/means/auc/{task}": metrics.auc(means.score(shown, target), wanted.long()).value}
+
+
+def _impressions(requests: Requests, config: Config, task: str) -> tuple[Tensor, Tensor, Tensor]:
+    """User id, item and 0/1 label of everything observed."""
+    row, item, positive = _where(requests, config, task)
+    return torch.from_numpy(requests.scalars(USER))[row], item, positive.long()
+
+
+def _where(requests: Requests, config: Config, task: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Request, item and whether it is positive, of every candidate whose feedback is known."""
+    rule = config.tasks[task]
+    label, items = requests.lists(rule.label).values, requests.lists("candidates")
+    known = ~np.isnan(label)
+    positive = label[known] >= rule.at_least
+    row, item = items.rows[known], items.values[known].astype(np.int64)
+    return torch.from_numpy(row), torch.from_numpy(item), torch.from_numpy(positive)
+
+
+def _histories(requests: Requests, user: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
+    """The positives of each request's user, ragged: items and offsets."""
+    order = user.argsort(stable=True)
+    counts = torch.bincount(user, minlength=int(requests.scalars(USER).max()) + 1).numpy()
+    by_user = Ragged(item[order].numpy(), np.concatenate([[0], np.cumsum(counts)]))
+    taken = by_user.take(requests.scalars(USER))
+    return torch.from_numpy(taken.values), torch.from_numpy(taken.offsets)

@@ -1,0 +1,100 @@
+"""What a run says: one readable line per interval, the same numbers in metrics.jsonl and TensorBoard (first rank)."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from joint.distributed import rank
+from joint.run import RunDirectory
+
+
+class Reporter:
+    """Collects a run's numbers; silent on every rank but the first."""
+
+    def __init__(self, run: RunDirectory, *, total_steps: int, resumed_from: int) -> None:
+        self.speaks = rank() == 0
+        self.total_steps = total_steps
+        self.started, self.first_step = time.perf_counter(), resumed_from
+        if self.speaks:
+            self.log = run.log.open("a")
+            self.metrics = run.metrics.open("a")
+            # What an interrupted run wrote after its last checkpoint is written again, and must not show twice.
+            self.board = SummaryWriter(str(run.tensorboard), purge_step=resumed_from)
+        self._start_interval()
+
+    def say(self, text: str) -> None:
+        """Print a line and keep it in the log."""
+        if self.speaks:
+            print(text, flush=True)
+            self.log.write(text + "\n")
+            self.log.flush()
+
+    def step(self, losses: Mapping[str, torch.Tensor], *, requests: int, candidates: int, waited: float) -> None:
+        """Take note of a step of this rank; `waited` is the seconds it waited for data."""
+        self._losses.append({name: value.detach() for name, value in losses.items()})
+        self._requests += requests
+        self._candidates += candidates
+        self._waited += waited
+
+    def interval(self, step: int, *, requests: int, candidates: int, rates: Mapping[str, float]) -> None:
+        """Say how the steps since the last interval went; counts are of all ranks."""
+        elapsed = time.perf_counter() - self._began
+        losses = {n: float(torch.stack([entry[n] for entry in self._losses]).mean()) for n in self._losses[0]}
+        numbers = {f"loss/{name}": value for name, value in losses.items()}
+        numbers |= {f"optimizer/lr_{name}": rate for name, rate in rates.items()}
+        numbers["speed/requests_per_second"] = requests / elapsed
+        numbers["speed/candidates_per_second"] = candidates / elapsed
+        numbers["speed/data_wait_fraction"] = self._waited / elapsed
+        numbers["memory/peak_gib"] = peak_gib()
+        self.numbers(step, numbers)
+        done = (step - self.first_step) / max(self.total_steps - self.first_step, 1)
+        left = (time.perf_counter() - self.started) * (1 / done - 1)
+        self.say(
+            f"step {step:>6}/{self.total_steps}  "
+            + "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
+            + f"  | {requests / elapsed:,.0f} requests/s, {candidates / elapsed:,.0f} candidates/s, "
+            f"waiting {self._waited / elapsed:.0%}, {peak_gib():.1f} GiB, {timedelta(seconds=round(left))} left"
+        )
+        self._start_interval()
+
+    def numbers(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Write numbers to metrics.jsonl and TensorBoard."""
+        if not self.speaks:
+            return
+        self.metrics.write(json.dumps({"step": step} | dict(numbers)) + "\n")
+        self.metrics.flush()
+        for name, value in numbers.items():
+            self.board.add_scalar(name, value, step)
+        self.board.flush()
+
+    def counts(self) -> tuple[int, int]:
+        """Requests and candidates of this rank since the last interval."""
+        return self._requests, self._candidates
+
+    def close(self) -> None:
+        """Close the files."""
+        if self.speaks:
+            self.log.close()
+            self.metrics.close()
+            self.board.close()
+
+    def _start_interval(self) -> None:
+        self._losses: list[dict[str, Any]] = []
+        self._requests = self._candidates = 0
+        self._waited = 0.0
+        self._began = time.perf_counter()
+
+
+def peak_gib() -> float:
+    """Peak memory: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

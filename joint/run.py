@@ -1,0 +1,133 @@
+"""The run directory: where each thing of a run is, and whether it belongs to this config.
+
+    runs/NAME/  config.yaml · environment.json · train.log · metrics.jsonl · tensorboard/ ·
+                checkpoints/step-00001000/ · eval.json
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from joint import __version__, settings
+from joint.config import Config, Run
+from joint.distributed import world_size
+from joint.errors import CheckpointError
+from joint.schema import Schema
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The names of a run's files; nothing else joins their paths."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The config as resolved; itself a valid config file."""
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, machine, threads, ranks and the dataset's hash, of the first start."""
+        return self.path / "environment.json"
+
+    @property
+    def log(self) -> Path:
+        """The lines that were printed."""
+        return self.path / "train.log"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per report: the numbers of TensorBoard."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder a checkpoint."""
+        return self.path / "checkpoints"
+
+    @property
+    def evaluation(self) -> Path:
+        """The metrics of the finished run on the test part."""
+        return self.path / "eval.json"
+
+    def load_config(self) -> tuple[Config, settings.Tree]:
+        """The run's own config; CheckpointError if there is none."""
+        if not self.config.is_file():
+            raise CheckpointError(f"{self.path}: not a run directory (no config.yaml in it)")
+        tree = settings.read(self.config)
+        return settings.decode(tree, Config), tree
+
+
+def open_run(config: Config, schema: Schema, *, write: bool) -> RunDirectory:
+    """The run's directory, made (by the rank that may `write`) when it is new.
+
+    Raises:
+        CheckpointError: it was made by another config, or from another dataset; nothing is changed then.
+    """
+    run = RunDirectory(Path(config.run.dir) / config.run.name)
+    if run.config.is_file():
+        _check_same(run, config, schema)
+    elif write:
+        run.path.mkdir(parents=True, exist_ok=True)
+        write_whole(run.environment, json.dumps(_environment(schema), indent=1))
+        write_whole(run.config, settings.dump(config))
+    return run
+
+
+def write_metrics(run: RunDirectory, found: Mapping[str, float]) -> None:
+    """Write eval.json; a metric without a unit (nan) is left out."""
+    known = {name: value for name, value in sorted(found.items()) if not math.isnan(value)}
+    write_whole(run.evaluation, json.dumps(known, indent=1))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under another name, then rename it: it is never seen half-written."""
+    temporary = path.with_name(f".{path.name}.unfinished")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _check_same(run: RunDirectory, config: Config, schema: Schema) -> None:
+    before, _ = run.load_config()
+    # A run directory may be moved.
+    differing = settings.differences(replace(before, run=Run(name="", seed=before.run.seed)), replace(config, run=Run(name="", seed=config.run.seed)))
+    if differing:
+        raise CheckpointError(f"{run.path}: made by another config; choose another run.name. Differing: {'; '.join(differing)}")
+    found = json.loads(run.environment.read_text())["dataset"]
+    if found != schema.hash:
+        raise CheckpointError(f"{run.path}: made from a dataset of hash {found}, this one's is {schema.hash}")
+
+
+def _environment(schema: Schema) -> dict[str, object]:
+    packages = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "numpy", "pyarrow", "pandas", "omegaconf")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "joint": __version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "ranks": world_size(),
+        "threads_per_rank": torch.get_num_threads(),
+        "versions": versions,
+        "dataset": schema.hash,
+    }

@@ -1,0 +1,77 @@
+"""What a run says in words: its opening, a line an epoch, and the table at its end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torchrec.distributed import DistributedModelParallel
+
+from joint.checkpoint import Progress
+from joint.config import Config, heads_of
+from joint.data.dataset import Dataset
+from joint.distributed import world_size
+from joint.features import Plan
+
+
+def opening(plan: Plan, dataset: Dataset, model: DistributedModelParallel, progress: Progress, total: int) -> str:
+    """What is about to be trained, on what, from where."""
+    config, schema = plan.config, dataset.schema
+    requests = sum(schema.requests(part) for part in config.data.train)
+    rows = sum(table.rows for table in plan.tables)
+    table_bytes = sum(table.rows * table.dim * 4 for table in plan.tables)
+    dense = sum(p.numel() for name, p in model.named_parameters() if ".dense." in name)
+    begin = f"resuming after step {progress.step}" if progress.step else "starting"
+    return (
+        f"{config.run.name}: {requests:,} requests x {config.data.epochs} epochs of {dataset.directory} "
+        f"({schema.items:,} items), {total} steps of {config.data.requests_per_batch} requests on {world_size()} rank(s)\n"
+        f"heads {', '.join(heads_of(config))}; {len(plan.tables)} tables of {rows:,} rows ({table_bytes / 2**20:.1f} MiB), "
+        f"{dense:,} dense parameters; {begin}"
+    )
+
+
+def highlights(config: Config, found: Mapping[str, float]) -> str:
+    """One line on a model: recall of each head, AUC of the teacher, what the funnel lets through."""
+    task = config.evaluation.task
+    first = min(config.evaluation.k)
+    names = [f"{head}/recall@{first}" for head in heads_of(config)]
+    names += [f"{head}/auc/{task}" for head in heads_of(config)]
+    names += ["alignment/reverse_rate/fused", *(name for name in found if name.startswith("funnel/"))]
+    return "  ".join(f"{name} {found[name]:.4f}" for name in names if name in found)
+
+
+def table(config: Config, found: Mapping[str, float]) -> str:
+    """Heads and baselines by recall, AUC and reverse rate; then the funnel, stage by stage."""
+    cuts = sorted({*config.evaluation.k, *list(config.evaluation.quotas.values())[-1:]})
+    header = ["", *(f"recall@{k}" for k in cuts), *(f"AUC {task}" for task in config.tasks), "reverse rate"]
+    rows = [header]
+    for head in heads_of(config):
+        recalls = [found.get(f"{head}/recall@{k}") for k in cuts]
+        aucs = [found.get(f"{head}/auc/{task}") for task in config.tasks]
+        reverse = {"pre_ranking": "alignment/reverse_rate", "retrieval": "alignment/retrieval_reverse_rate"}.get(head)
+        rows.append([head, *map(_cell, [*recalls, *aucs, found.get(f"{reverse}/fused")])])
+    if config.evaluation.quotas:
+        last, quota = list(config.evaluation.quotas.items())[-1]
+        end = found.get(f"funnel/{last}/recall@{quota}")
+        rows.append(["funnel", *(_cell(end if k == quota else None) for k in cuts), *[""] * (len(config.tasks) + 1)])
+    for name in dict.fromkeys(key.split("/")[1] for key in found if key.startswith("baselines/")):
+        recalls = [found.get(f"baselines/{name}/recall@{k}") for k in cuts]
+        aucs = [found.get(f"baselines/{name}/auc/{task}") for task in config.tasks]
+        rows.append([name, *map(_cell, [*recalls, *aucs, None])])
+    return "\n".join([*_aligned(rows), *_funnel_lines(config, found)])
+
+
+def _funnel_lines(config: Config, found: Mapping[str, float]) -> list[str]:
+    stages = [(head, quota, found.get(f"funnel/{head}/recall@{quota}")) for head, quota in config.evaluation.quotas.items()]
+    known = [f"{head} keeps {quota}: {value:.4f}" for head, quota, value in stages if value is not None]
+    return ["", f"share of the {config.evaluation.task} positives left: " + " -> ".join(known)] if known else []
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.4f}"
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]

@@ -1,0 +1,138 @@
+"""`torchrun -m joint.train CONFIG [key=value ...]` (or `python -m joint.train`): train, resume, and evaluate."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from joint import checkpoint
+from joint.batch import Batch
+from joint.checkpoint import Progress
+from joint.commands import run_command
+from joint.config import Config, check_against, load_config
+from joint.data.assemble import Assembler
+from joint.data.dataset import Dataset
+from joint.data.loader import Loader
+from joint.data.order import Position
+from joint.distributed import process_group, rank, sum_over_ranks, world_size
+from joint.evaluation import evaluate
+from joint.features import Plan
+from joint.optimizers import build_optimizer, set_learning_rates
+from joint.pipeline import build_pipeline
+from joint.reporting import Reporter
+from joint.run import open_run, write_metrics
+from joint.tables import highlights, opening, table
+from joint.task import build_task
+from joint.versions import check_versions
+from towers.mixtures import set_step
+
+
+def train(config: Config, dataset: Dataset) -> None:
+    """Train a config to its end, from its newest checkpoint if it has one, then measure it on the test part."""
+    with process_group() as device, stop_flag(device) as stopped:
+        run = open_run(config, dataset.schema, write=rank() == 0)
+        plan = Plan(config, dataset.schema)
+        assembler = Assembler(plan, dataset)
+        model = build_task(plan, device)
+        optimizer = build_optimizer(model, config.optimizer)
+        progress = checkpoint.load_latest(run.checkpoints, model, optimizer)
+        loader = Loader(assembler, rank=rank(), world_size=world_size())
+        total = loader.total_batches()
+        reporter = Reporter(run, total_steps=total, resumed_from=progress.step)
+        reporter.say(opening(plan, dataset, model, progress, total))
+        pipeline = build_pipeline(model, optimizer, device)
+        batches = Timed(loader.from_position(progress.position))
+        model.train()
+        while progress.step < total and not stopped():
+            # Everything random in a step follows from (seed, step, rank), so a resumed run repeats it.
+            torch.manual_seed(zlib.crc32(f"{config.run.seed}/{progress.step}/{rank()}".encode()))
+            set_step(model, progress.step)
+            rates = set_learning_rates(optimizer, config.optimizer, progress.step)
+            output = pipeline.progress(batches)
+            batch = output.batch
+            reporter.step(output.losses, requests=batch.requests, candidates=len(batch.item), waited=batches.waited())
+            progress = Progress(progress.step + 1, batch.position)
+            if progress.step % config.train.log_every == 0 or progress.step == total:
+                requests, candidates = sum_over_ranks(torch.tensor(reporter.counts(), device=device)).tolist()
+                reporter.interval(progress.step, requests=requests, candidates=candidates, rates=rates)
+            if ends_epoch(progress.position, config.train.evaluate_every_epochs):
+                pipeline.detach()
+                found = evaluate(model, assembler, device, config.evaluation.valid)
+                pipeline.attach()
+                model.train()
+                reporter.numbers(progress.step, found)
+                reporter.say(f"epoch {progress.position.epoch} on {config.evaluation.valid}: {highlights(config, found)}")
+            if progress.step % config.train.checkpoint_every == 0 or progress.step == total:
+                checkpoint.save(run.checkpoints, model, optimizer, progress, keep=config.train.keep)
+        if progress.step < total:
+            checkpoint.save(run.checkpoints, model, optimizer, progress, keep=config.train.keep)
+            reporter.say(f"stopped after step {progress.step} of {total}; the same command goes on from there")
+        else:
+            pipeline.detach()
+            found = evaluate(model, assembler, device, config.evaluation.test)
+            if rank() == 0:
+                write_metrics(run, found)
+            reporter.say(table(config, found))
+        reporter.close()
+
+
+class Timed(Iterator[Batch]):
+    """An iterator that knows how long it kept its reader waiting."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self.batches = batches
+        self.seconds = 0.0
+
+    def __next__(self) -> Batch:
+        began = time.perf_counter()
+        try:
+            return next(self.batches)
+        finally:
+            self.seconds += time.perf_counter() - began
+
+    def waited(self) -> float:
+        """Seconds waited since the last call."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+
+@contextmanager
+def stop_flag(device: torch.device) -> Iterator[Callable[[], bool]]:
+    """Whether any rank was asked to stop (SIGTERM); all ranks hear of it at the same step."""
+    asked = []
+    previous = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    try:
+        yield lambda: bool(sum_over_ranks(torch.tensor([len(asked)], device=device)).item())
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def ends_epoch(position: Position, every: int) -> bool:
+    """Whether this position is the start of an epoch after which the validation part is looked at."""
+    return every > 0 and (position.day, position.batch) == (0, 0) and position.epoch % every == 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check everything that can be checked, then train; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="joint.train", description="Train an experiment; the same command resumes it.")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parsed = parser.parse_args(arguments)
+    check_versions()
+    config, tree = load_config(parsed.config, parsed.overrides)
+    dataset = Dataset(config.data.path)
+    check_against(config, tree, dataset.schema)
+    train(config, dataset)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(record(run_command)(main))
