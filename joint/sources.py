@@ -148,7 +148,7 @@ def _parse(text: str, place_of: Callable[[int], Place], problems: Problems) -> T
     """The tree of one YAML document; null where it is empty or wrong."""
     try:
         return _Loader(text, place_of, problems).get_single_data() or Tree(None, place_of(1))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: PyYAML takes 0x_ for a number and fails
         mark, what = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
         problems.append((place_of(mark.line + 1 if mark else 1), "not YAML: " + " ".join(what.split())))
         return Tree(None, place_of(1))
@@ -178,7 +178,7 @@ def find(tree: Tree, path: str) -> Tree:
 
 def raise_at(tree: Tree, problems: Iterable[tuple[str, str]]) -> None:
     """Raise one ConfigError for (dotted path, message) pairs, each at its place in `tree`, if any."""
-    raise_all([(find(tree, path).place, f"{path}: {message}") for path, message in problems])
+    raise_all([(find(tree, path).place, f"{path}: {text}" if path else text) for path, text in problems])
 
 
 def raise_all(problems: Problems) -> None:
