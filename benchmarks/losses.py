@@ -37,9 +37,7 @@ def dense_pairwise(logits: Tensor, priority: Tensor, offsets: Tensor) -> Tensor:
     return (softplus(s.unsqueeze(1) - s.unsqueeze(2)) * pair).sum() / pair.sum()
 
 
-def dense_contrastive(
-    logits: Tensor, positive: Tensor, negative: Tensor, features: Tensor, offsets: Tensor
-) -> Tensor:
+def dense_contrastive(logits: Tensor, positive: Tensor, negative: Tensor, features: Tensor, offsets: Tensor) -> Tensor:
     """SDCL Eq 7-8 over padded [R, positives, negatives] tensors."""
     (s, real), (z, z_real) = (pad(logits[x], chosen(x, offsets)) for x in (positive, negative))
     with torch.no_grad():

@@ -29,7 +29,14 @@ class Progress:
     position: Position = Position()
 
 
-def save(folder: Path, model: DistributedModelParallel, optimizer: CombinedOptimizer, progress: Progress, *, keep: int) -> None:
+def save(
+    folder: Path,
+    model: DistributedModelParallel,
+    optimizer: CombinedOptimizer,
+    progress: Progress,
+    *,
+    keep: int,
+) -> None:
     """Write `FOLDER/step-…` whole, then drop all but the `keep` newest. Every rank takes part."""
     final = folder / f"step-{progress.step:08d}"
     if final.exists():

@@ -222,7 +222,10 @@ def _objective_mistakes(config: Config, path: str, objective: Objective) -> Iter
         if objective.head != "retrieval" or tuple(objective.space) != ("corpus",):
             yield path, "multi_class trains the retrieval head over space [corpus]"
     elif pooled:
-        yield f"{path}.space", f"{objective.loss} compares candidates of a request; {pooled[0]} is not among them"
+        yield (
+            f"{path}.space",
+            f"{objective.loss} compares candidates of a request; {pooled[0]} is not among them",
+        )
     if isinstance(objective, Distillation):
         yield from _unknown(f"{path}.teacher", [objective.teacher], heads, "head")
         if objective.teacher == objective.head:
@@ -237,7 +240,11 @@ def _objective_mistakes(config: Config, path: str, objective: Objective) -> Iter
 def _misfits(config: Config, schema: Schema) -> Iterator[Mistake]:
     features = {feature.name: feature for feature in schema.features}
     histories = [history.name for history in schema.histories]
-    stages = [*schema.stages, "random", *(g for g, f in STAGES.items() if any(f & STAGES[s] for s in schema.stages))]
+    stages = [
+        *schema.stages,
+        "random",
+        *(g for g, f in STAGES.items() if any(f & STAGES[s] for s in schema.stages)),
+    ]
     yield from _unknown("data.candidates", list(config.data.candidates), stages, "logged stage")
     yield from _unknown("data.not_eligible", config.data.not_eligible, histories, "history")
     for name, task in config.tasks.items():
@@ -257,12 +264,18 @@ def _misfits(config: Config, schema: Schema) -> Iterator[Mistake]:
         used |= {f: features[f] for f in head.features if f in features}
         crossed = [e for e in head.features if e in config.encoders and _sees_candidate(config.encoders[e])]
         if crossed and name != "ranking":
-            yield f"heads.{name}.features", f"{crossed[0]} attends from each candidate; its vectors could not be cached"
+            yield (
+                f"heads.{name}.features",
+                f"{crossed[0]} attends from each candidate; its vectors could not be cached",
+            )
     spaces = {feature.space for feature in used.values() if feature.kind != "float"}
     for space in sorted(spaces - set(config.tables)):
         yield "tables", f"no table {space!r}, which features in use need"
     for space in sorted(set(config.tables) - {f.space for f in schema.features}):
-        yield f"tables.{space}", f"the dataset has no id space {space!r}{settings.near_miss(space, list(spaces))}"
+        yield (
+            f"tables.{space}",
+            f"the dataset has no id space {space!r}{settings.near_miss(space, list(spaces))}",
+        )
 
 
 def _sees_candidate(encoder: Encoder) -> bool:

@@ -22,13 +22,14 @@ from joint.data.order import Position
 from joint.data.ragged import Ragged
 from joint.data.requests import Requests
 from joint.data.sampling import Candidates, eligible_items, unlabelled
-from joint.reference import baseline_metrics
 from joint.distributed import gather_objects, rank, world_size
-from joint.metrics import State
+from joint.metrics import AucState, Ratio
 from joint.outputs import HeadOutput, Outputs
 from joint.ranks import corpus_ranks
+from joint.reference import baseline_metrics
 
 Forward = Callable[[Batch], Outputs]
+State = Ratio | AucState
 STUDENTS = ("retrieval", "pre_ranking")
 
 
@@ -93,7 +94,11 @@ class Evaluator:
         found: dict[str, State] = {}
         for head, output in outputs.items():
             for index, task in enumerate(self.tasks):
-                logits, labels, mask = output.logits[:, index], batch.labels[:, index], batch.observed[:, index]
+                logits, labels, mask = (
+                    output.logits[:, index],
+                    batch.labels[:, index],
+                    batch.observed[:, index],
+                )
                 if self.config.tasks[task].kind == "binary":
                     found[f"{head}/auc/{task}"] = metrics.auc(logits, labels, mask=mask)
                 if head != "retrieval":  # a softmax's logits are no probabilities

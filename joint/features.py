@@ -75,7 +75,9 @@ class Plan:
         """Name of an embedding collection -> the keys of its KeyedJaggedTensor, in order."""
         widths = sorted({table.dim for table in self.tables})
         return {
-            width_name(width): tuple(key for key in self.keys if key.feature.kind != "float" and self.dim(key.feature) == width)
+            width_name(width): tuple(
+                key for key in self.keys if key.feature.kind != "float" and self.dim(key.feature) == width
+            )
             for width in widths
         }
 

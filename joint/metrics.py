@@ -58,9 +58,7 @@ class AucState:
     def merge(self, *others: "AucState") -> "AucState":
         """The units of all states."""
         parts = (self, *others)
-        return AucState(
-            torch.cat([part.scores for part in parts]), torch.cat([part.labels for part in parts])
-        )
+        return AucState(torch.cat([part.scores for part in parts]), torch.cat([part.labels for part in parts]))
 
     @property
     def value(self) -> float:
@@ -79,9 +77,7 @@ def merge_all(states: Iterable[State]) -> State:
     return parts[0].merge(*parts[1:])
 
 
-def recall_at_k(
-    scores: Tensor, relevant: Tensor, offsets: Tensor, k: int, *, average: str = "micro"
-) -> Ratio:
+def recall_at_k(scores: Tensor, relevant: Tensor, offsets: Tensor, k: int, *, average: str = "micro") -> Ratio:
     """Relevant candidates among the K best of their request, over all relevant candidates.
 
     scores, relevant (bool) `[N]`. Unit: relevant candidate (`average="micro"`: RRA, RecFlow); "macro" takes
@@ -138,9 +134,7 @@ def dcg_per_positive_at_k(scores: Tensor, relevant: Tensor, offsets: Tensor, k: 
     return dcg_of_ranks(rank, k)
 
 
-def recall_of_ranks(
-    rank: Tensor, k: int, *, row: Tensor | None = None, weight: Tensor | None = None
-) -> Ratio:
+def recall_of_ranks(rank: Tensor, k: int, *, row: Tensor | None = None, weight: Tensor | None = None) -> Ratio:
     """Recall@K of relevant items given their ranks `[M]`, as from `corpus_ranks`.
 
     Unit: relevant item, or its `weight [M]`; with `row [M]` the recall of each row, and the mean over those
@@ -184,9 +178,7 @@ def kendall_distance(a: Tensor, b: Tensor, offsets: Tensor) -> Ratio:
     # Ties of either list stand in the order of the other, so that no tied pair is an inversion.
     position = torch.empty_like(by_a).scatter_(0, by_a, positions(offsets))
     tied_once = (
-        run_positions(offsets, a[by_a])
-        + run_positions(offsets, b[by_b])
-        - 2 * run_positions(offsets, a[by_a], b[by_a])
+        run_positions(offsets, a[by_a]) + run_positions(offsets, b[by_b]) - 2 * run_positions(offsets, a[by_a], b[by_a])
     )
     discordant = inversions(position[by_b], offsets) + request_sums(tied_once, offsets) / 2
     lengths = offsets.diff().double()

@@ -74,7 +74,7 @@ def spaces_of(objective: Objective) -> dict[str, tuple[str, ...]]:
         return {}  # the impressions are scored as pool items
     spaces = objective.space + (objective.winners if isinstance(objective, AdaptiveContrastive) else ())
     heads = [objective.head, *([objective.teacher] if isinstance(objective, Distillation) else [])]
-    return {head: spaces for head in heads}
+    return dict.fromkeys(heads, spaces)
 
 
 def head_spaces(objectives: Iterable[Objective], heads: Iterable[str]) -> dict[str, frozenset[str]]:
@@ -144,7 +144,8 @@ def compute(objective: Objective, outputs: Outputs, batch: Batch, task_names: Se
 
 def _multi_class(objective: MultiClass, head: HeadOutput, batch: Batch, tasks: Tensor) -> LossTerm:
     """Per task every impression is a row, its request's vector the query, against all eligible items."""
-    assert head.user is not None and head.corpus is not None
+    assert head.user is not None
+    assert head.corpus is not None
     terms = []
     for task in tasks.tolist():
         seen = stage_mask(("exposed",), batch.stages) & batch.observed[:, task]

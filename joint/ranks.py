@@ -123,9 +123,7 @@ def _check_corpus(scores: Tensor, row: Tensor, target: Tensor) -> None:
             raise ValueError(f"{name} must lie in 0..{size - 1}, got {int(index.min())}..{int(index.max())}")
 
 
-def _columns_at_least(
-    scores: Tensor, own: Tensor, row: Tensor, mask: Tensor | None, rows_at_a_time: int
-) -> Tensor:
+def _columns_at_least(scores: Tensor, own: Tensor, row: Tensor, mask: Tensor | None, rows_at_a_time: int) -> Tensor:
     """How many eligible columns of `row[m]` score at least `own[m]` (an eligible target is one), `[M]`."""
     counts = []
     for rows, bar in zip(row.split(rows_at_a_time), own.split(rows_at_a_time), strict=True):

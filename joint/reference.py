@@ -21,7 +21,9 @@ SMOOTHING = 5.0  # pseudo-labels of the user and item means
 
 def baseline_metrics(config: Config, dataset: Dataset, split: str) -> dict[str, float]:
     """`baselines/NAME/recall@K` and `baselines/means/auc/TASK`, fitted on the splits before `split`."""
-    before = concatenate_requests([dataset.read_split(part) for part in PARTS[: PARTS.index(split)] if dataset.schema.requests(part)])
+    before = concatenate_requests(
+        [dataset.read_split(part) for part in PARTS[: PARTS.index(split)] if dataset.schema.requests(part)]
+    )
     requests = dataset.read_split(split)
     task = config.evaluation.task
     user, item, label = _impressions(before, config, task)
@@ -39,19 +41,19 @@ def baseline_metrics(config: Config, dataset: Dataset, split: str) -> dict[str, 
     eligible = torch.ones(len(requests), dataset.schema.items, dtype=torch.bool)
     eligible[torch.from_numpy(taken.rows), torch.from_numpy(taken.values)] = False
     cuts = sorted({*config.evaluation.k, *config.evaluation.quotas.values()})
-    found = {}
+    found: dict[str, float] = {}
     for name, matrix in scores.items():
         ranks = corpus_ranks(matrix, row[wanted], target[wanted], mask=eligible)
         found |= {f"baselines/{name}/recall@{k}": metrics.recall_of_ranks(ranks, k).value for k in cuts}
     means = baselines.smoothed_means(user, item, label, smoothing=SMOOTHING)
-    shown = torch.from_numpy(requests.scalars(USER))[row]
+    shown = torch.tensor(requests.scalars(USER))[row]
     return found | {f"baselines/means/auc/{task}": metrics.auc(means.score(shown, target), wanted.long()).value}
 
 
 def _impressions(requests: Requests, config: Config, task: str) -> tuple[Tensor, Tensor, Tensor]:
     """User id, item and 0/1 label of everything observed."""
     row, item, positive = _where(requests, config, task)
-    return torch.from_numpy(requests.scalars(USER))[row], item, positive.long()
+    return torch.tensor(requests.scalars(USER))[row], item, positive.long()
 
 
 def _where(requests: Requests, config: Config, task: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The run directory: where each thing of a run is, and whether it belongs to this config.
 
-    runs/NAME/  config.yaml · environment.json · train.log · metrics.jsonl · tensorboard/ ·
-                checkpoints/step-00001000/ · eval.json
+runs/NAME/  config.yaml · environment.json · train.log · metrics.jsonl · tensorboard/ ·
+            checkpoints/step-00001000/ · eval.json
 """
 
 from __future__ import annotations
@@ -105,16 +105,30 @@ def write_whole(path: Path, text: str) -> None:
 def _check_same(run: RunDirectory, config: Config, schema: Schema) -> None:
     before, _ = run.load_config()
     # A run directory may be moved.
-    differing = settings.differences(replace(before, run=Run(name="", seed=before.run.seed)), replace(config, run=Run(name="", seed=config.run.seed)))
+    differing = settings.differences(
+        replace(before, run=Run(name="", seed=before.run.seed)),
+        replace(config, run=Run(name="", seed=config.run.seed)),
+    )
     if differing:
-        raise CheckpointError(f"{run.path}: made by another config; choose another run.name. Differing: {'; '.join(differing)}")
+        raise CheckpointError(
+            f"{run.path}: made by another config; choose another run.name. Differing: {'; '.join(differing)}"
+        )
     found = json.loads(run.environment.read_text())["dataset"]
     if found != schema.hash:
         raise CheckpointError(f"{run.path}: made from a dataset of hash {found}, this one's is {schema.hash}")
 
 
 def _environment(schema: Schema) -> dict[str, object]:
-    packages = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "numpy", "pyarrow", "pandas", "omegaconf")
+    packages = (
+        "torch",
+        "torchrec",
+        "fbgemm-gpu",
+        "fbgemm-gpu-cpu",
+        "numpy",
+        "pyarrow",
+        "pandas",
+        "omegaconf",
+    )
     versions = {}
     for package in packages:
         try:

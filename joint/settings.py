@@ -159,9 +159,7 @@ def _tags(classes: Sequence[Any]) -> tuple[str, dict[str, Any]]:
     hints = [get_type_hints(cls) for cls in classes]
     for name in hints[0]:
         if all(get_origin(hint.get(name)) is Literal for hint in hints):
-            pairs = [
-                (tag, cls) for cls, hint in zip(classes, hints, strict=True) for tag in get_args(hint[name])
-            ]
+            pairs = [(tag, cls) for cls, hint in zip(classes, hints, strict=True) for tag in get_args(hint[name])]
             if len(pairs) == len(dict(pairs)):
                 return name, dict(pairs)
     raise TypeError(f"no Literal field tells {', '.join(cls.__name__ for cls in classes)} apart")

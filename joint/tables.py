@@ -20,7 +20,7 @@ def opening(plan: Plan, dataset: Dataset, model: DistributedModelParallel, progr
     requests = sum(schema.requests(part) for part in config.data.train)
     rows = sum(table.rows for table in plan.tables)
     table_bytes = sum(table.rows * table.dim * 4 for table in plan.tables)
-    dense = sum(p.numel() for name, p in model.named_parameters() if ".dense." in name)
+    dense = sum(p.numel() for name, p in model.named_parameters() if "embeddings." not in name)
     begin = f"resuming after step {progress.step}" if progress.step else "starting"
     return (
         f"{config.run.name}: {requests:,} requests x {config.data.epochs} epochs of {dataset.directory} "
@@ -48,7 +48,10 @@ def table(config: Config, found: Mapping[str, float]) -> str:
     for head in heads_of(config):
         recalls = [found.get(f"{head}/recall@{k}") for k in cuts]
         aucs = [found.get(f"{head}/auc/{task}") for task in config.tasks]
-        reverse = {"pre_ranking": "alignment/reverse_rate", "retrieval": "alignment/retrieval_reverse_rate"}.get(head)
+        reverse = {
+            "pre_ranking": "alignment/reverse_rate",
+            "retrieval": "alignment/retrieval_reverse_rate",
+        }.get(head)
         rows.append([head, *map(_cell, [*recalls, *aucs, found.get(f"{reverse}/fused")])])
     if config.evaluation.quotas:
         last, quota = list(config.evaluation.quotas.items())[-1]
@@ -62,7 +65,9 @@ def table(config: Config, found: Mapping[str, float]) -> str:
 
 
 def _funnel_lines(config: Config, found: Mapping[str, float]) -> list[str]:
-    stages = [(head, quota, found.get(f"funnel/{head}/recall@{quota}")) for head, quota in config.evaluation.quotas.items()]
+    stages = [
+        (head, quota, found.get(f"funnel/{head}/recall@{quota}")) for head, quota in config.evaluation.quotas.items()
+    ]
     known = [f"{head} keeps {quota}: {value:.4f}" for head, quota, value in stages if value is not None]
     return ["", f"share of the {config.evaluation.task} positives left: " + " -> ".join(known)] if known else []
 
@@ -73,5 +78,8 @@ def _cell(value: float | None) -> str:
 
 def _aligned(rows: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
     return [lines[0], "-" * len(lines[0]), *lines[1:]]

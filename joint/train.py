@@ -69,7 +69,9 @@ def train(config: Config, dataset: Dataset) -> None:
                 pipeline.attach()
                 model.train()
                 reporter.numbers(progress.step, found)
-                reporter.say(f"epoch {progress.position.epoch} on {config.evaluation.valid}: {highlights(config, found)}")
+                reporter.say(
+                    f"epoch {progress.position.epoch} on {config.evaluation.valid}: {highlights(config, found)}"
+                )
             if progress.step % config.train.checkpoint_every == 0 or progress.step == total:
                 checkpoint.save(run.checkpoints, model, optimizer, progress, keep=config.train.keep)
         if progress.step < total:
@@ -122,7 +124,9 @@ def ends_epoch(position: Position, every: int) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check everything that can be checked, then train; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="joint.train", description="Train an experiment; the same command resumes it.")
+    parser = argparse.ArgumentParser(
+        prog="joint.train", description="Train an experiment; the same command resumes it."
+    )
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parsed = parser.parse_args(arguments)

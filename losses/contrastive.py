@@ -118,9 +118,7 @@ def _by_task(features: Tensor, logits: Tensor) -> Tensor:
         return features.detach().transpose(0, -2).reshape(-1, features.shape[-1])
     if features.dim() == 2 and len(features) == len(logits):
         return features.detach()
-    raise ValueError(
-        f"features have shape {list(features.shape)}, expected {list(logits.shape)} + [F] or [N, F]"
-    )
+    raise ValueError(f"features have shape {list(features.shape)}, expected {list(logits.shape)} + [F] or [N, F]")
 
 
 def _similarity(x: Tensor, z: Tensor, pair: Tensor) -> Tensor:

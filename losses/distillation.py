@@ -6,9 +6,7 @@ from losses.binary import log_loss
 from losses.term import LossTerm, check_positive, in_full, like, sum_units
 
 
-def distillation(
-    student: Tensor, teacher: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None
-) -> LossTerm:
+def distillation(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None) -> LossTerm:
     """Log loss of sigma(student / T) against sigma(teacher / T), both logits ([N] or [N, T]).
 
     A unit is a candidate that `mask` (bool) selects; the others may be NaN or inf. The teacher is detached.

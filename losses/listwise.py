@@ -18,9 +18,7 @@ def list_net(student: Tensor, teacher: Tensor, offsets: Tensor) -> LossTerm:
     lists, s = list_offsets(offsets, student), in_full(student)
     t = like(teacher, student, "teacher").detach().to(s.dtype)
     segment, unit = list_of(lists), lists.diff() >= 2
-    log_q, log_p = (
-        segment_log_softmax(by_task(x).where(unit[segment], 0), segment, len(unit)) for x in (s, t)
-    )
+    log_q, log_p = (segment_log_softmax(by_task(x).where(unit[segment], 0), segment, len(unit)) for x in (s, t))
     value, count = from_task(-log_p.exp() * log_q, student), from_task(unit, student)
     return LossTerm(value.sum(0), count.sum(0).to(value.dtype))
 

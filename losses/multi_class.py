@@ -28,9 +28,7 @@ def multi_class(
     Source: RRA Eq 3 (w = 1 clicked, alpha only shown) and Eq 4 (w = minutes); log_q: Yi et al. 2019.
     """
     if logits.dim() != 2 or target.shape != logits.shape[:1]:
-        raise ValueError(
-            f"logits {list(logits.shape)} and target {list(target.shape)} must be [M, C] and [M]"
-        )
+        raise ValueError(f"logits {list(logits.shape)} and target {list(target.shape)} must be [M, C] and [M]")
     s, keep = in_full(logits), torch.ones_like(logits, dtype=torch.bool) if mask is None else mask
     keep = keep.scatter(1, target.unsqueeze(1), True)
     if log_q is not None:
@@ -116,9 +114,7 @@ def _special_cells(ids: Tensor, real: Tensor, hidden: Tensor, row: Tensor, targe
     return cell[real[column] & ((end - start > 1)[owner] | torch.isin(cell, hidden))].unique()
 
 
-def _kept_cells(
-    special: Tensor, hidden: Tensor, ids: Tensor, row: Tensor, target: Tensor
-) -> tuple[Tensor, Tensor]:
+def _kept_cells(special: Tensor, hidden: Tensor, ids: Tensor, row: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """For every row the special cells of its query that it keeps, pair by pair: row, index into `special`."""
     start, end = (torch.searchsorted(special, (row + k) * len(ids)) for k in (0, 1))
     owner, cell = ranges(start, end - start)
@@ -147,9 +143,7 @@ def _blocked(
     with forming_gradients(q.device):
         step = max(16, block_cells(q.device) // max(len(v), 1))
         edges = torch.arange(0, len(q) + step, step, device=q.device).clamp(max=len(q))
-        bounds = torch.stack(
-            [edges, torch.searchsorted(row, edges), torch.searchsorted(apart, edges * len(v))]
-        )
+        bounds = torch.stack([edges, torch.searchsorted(row, edges), torch.searchsorted(apart, edges * len(v))])
         log_norm, hit = torch.empty_like(own), torch.empty_like(own)
         dq, dv = torch.empty_like(q), torch.zeros_like(v)
         for (a, m, c), (b, n, d) in itertools.pairwise(bounds.t().tolist()):

@@ -46,9 +46,7 @@ def pairwise(
     return book.term(logits)
 
 
-def soft_pairwise(
-    student: Tensor, teacher: Tensor, offsets: Tensor, *, mask: Tensor | None = None
-) -> LossTerm:
+def soft_pairwise(student: Tensor, teacher: Tensor, offsets: Tensor, *, mask: Tensor | None = None) -> LossTerm:
     """Log loss of sigma(s_i - s_j) against sigma(t_i - t_j) over the unordered pairs within a request.
 
     A unit is a pair. `student` and `teacher` are logits [N] or [N, T], the teacher detached; `mask` (bool)

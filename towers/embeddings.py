@@ -58,9 +58,7 @@ def segment_mean(values: Tensor, lengths: Tensor) -> Tensor:
 
 def _collection(tables: Sequence[TableShape], width: int, device: torch.device | str) -> EmbeddingCollection:
     configs = [
-        EmbeddingConfig(
-            name=table.name, num_embeddings=table.rows, embedding_dim=width, feature_names=list(table.keys)
-        )
+        EmbeddingConfig(name=table.name, num_embeddings=table.rows, embedding_dim=width, feature_names=list(table.keys))
         for table in tables
         if table.dim == width
     ]

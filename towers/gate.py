@@ -30,9 +30,7 @@ class GateUnit(nn.Module):
         super().__init__()
         hidden = config.hidden or in_dim
         self.alpha = config.alpha
-        self.weights = nn.Sequential(
-            nn.Linear(in_dim, hidden), nn.ReLU(), nn.Linear(hidden, in_dim), nn.Sigmoid()
-        )
+        self.weights = nn.Sequential(nn.Linear(in_dim, hidden), nn.ReLU(), nn.Linear(hidden, in_dim), nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_dim]` of `x [..., in_dim]`: each feature times its weight in [0, alpha]."""

@@ -120,9 +120,7 @@ class SharedBottomTrunk(nn.Module):
 
 def _experts(experts: int, hidden: tuple[int, ...], dropout: float) -> nn.Sequential:
     """What follows the first linear layer of each expert: `[M, E, hidden[0]] -> [M, E, hidden[-1]]`."""
-    return nn.Sequential(
-        nn.ReLU(), nn.Dropout(dropout), GroupedMlp(experts, hidden[0], hidden[1:], dropout=dropout)
-    )
+    return nn.Sequential(nn.ReLU(), nn.Dropout(dropout), GroupedMlp(experts, hidden[0], hidden[1:], dropout=dropout))
 
 
 class MmoeTrunk(nn.Module):
@@ -181,17 +179,13 @@ class PleTrunk(nn.Module):
 
     def __init__(self, config: Ple, *, tasks: int) -> None:
         super().__init__()
-        gates = [
-            _CustomizedGate(config, tasks=tasks, last=k == config.layers - 1) for k in range(config.layers)
-        ]
+        gates = [_CustomizedGate(config, tasks=tasks, last=k == config.layers - 1) for k in range(config.layers)]
         self.out_dim = config.hidden[-1]
         self.first = (tasks, gates[0].task_width)
         self.split = [math.prod(self.first), gates[0].shared_width]
         self.width = sum(self.split)
         self.layers = nn.ModuleList(gates)
-        self.to_tasks = nn.ModuleList(
-            GroupedLinear(tasks, self.out_dim, gate.task_width) for gate in gates[1:]
-        )
+        self.to_tasks = nn.ModuleList(GroupedLinear(tasks, self.out_dim, gate.task_width) for gate in gates[1:])
         self.to_shared = nn.ModuleList(nn.Linear(self.out_dim, gate.shared_width) for gate in gates[1:])
 
     def forward(self, pre: Tensor) -> Tensor:
@@ -307,9 +301,7 @@ class SnrTrunk(nn.Module):
         return x
 
 
-def build_trunk(
-    config: Trunk, *, tasks: int, seed: int = 0
-) -> SharedBottomTrunk | MmoeTrunk | PleTrunk | SnrTrunk:
+def build_trunk(config: Trunk, *, tasks: int, seed: int = 0) -> SharedBottomTrunk | MmoeTrunk | PleTrunk | SnrTrunk:
     """The trunk of a config: it has `width`, `out_dim` and `forward(pre [M, width]) -> [M, T, out_dim]`.
 
     `seed` seeds the gates of SNR. ValueError without a task.

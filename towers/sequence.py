@@ -174,9 +174,7 @@ class TargetAttentionEncoder(nn.Module):
         super().__init__()
         self.softmax = config.softmax
         self.first = nn.Linear(4 * dim, config.hidden[0])
-        self.rest = nn.Sequential(
-            nn.ReLU(), Mlp(config.hidden[0], config.hidden[1:]), nn.Linear(config.hidden[-1], 1)
-        )
+        self.rest = nn.Sequential(nn.ReLU(), Mlp(config.hidden[0], config.hidden[1:]), nn.Linear(config.hidden[-1], 1))
         self.widest = max(dim, *config.hidden)
         self.out_dim = dim
 
@@ -195,9 +193,7 @@ class TargetAttentionEncoder(nn.Module):
         blocks = zip(target.split(block), row.split(block), strict=True)
         return torch.cat([recomputed(*pair, *shared) for pair in blocks])
 
-    def _attend(
-        self, target: Tensor, row: Tensor, history: Tensor, per_event: Tensor, valid: Tensor
-    ) -> Tensor:
+    def _attend(self, target: Tensor, row: Tensor, history: Tensor, per_event: Tensor, valid: Tensor) -> Tensor:
         """`[n, D]`: the attention of n candidates."""
         _, candidate, difference, product = self.first.weight.chunk(4, dim=1)
         events, valid = history[row], valid[row]
@@ -209,9 +205,7 @@ class TargetAttentionEncoder(nn.Module):
         return torch.bmm(scores.unsqueeze(1), events).squeeze(1)  # the events of padding are zeros
 
 
-def build_encoder(
-    config: Encoder, *, dim: int
-) -> MeanEncoder | SelfAttentionEncoder | TargetAttentionEncoder:
+def build_encoder(config: Encoder, *, dim: int) -> MeanEncoder | SelfAttentionEncoder | TargetAttentionEncoder:
     """The encoder of a config for histories of width `dim`, which is its `out_dim` too.
 
     Only `TargetAttentionEncoder` also takes `target [N, D]` and `row [N]`; it gives one vector per candidate.

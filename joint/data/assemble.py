@@ -31,7 +31,13 @@ class Assembler:
         self.head_spaces = head_spaces(plan.config.objectives.values(), plan.config.heads.__dict__)
 
     def __call__(
-        self, requests: Requests, candidates: Candidates, pool: np.ndarray, *, position: Position, all_rows: bool = False
+        self,
+        requests: Requests,
+        candidates: Candidates,
+        pool: np.ndarray,
+        *,
+        position: Position,
+        all_rows: bool = False,
     ) -> Batch:
         """The batch of these requests.
 
@@ -96,7 +102,12 @@ class Assembler:
         return batch
 
     def _column(
-        self, key: Key, requests: Requests, candidates: Candidates, pool: np.ndarray, histories: dict[str, Ragged]
+        self,
+        key: Key,
+        requests: Requests,
+        candidates: Candidates,
+        pool: np.ndarray,
+        histories: dict[str, Ragged],
     ) -> Ragged:
         """The key's values per request; for 'ids' features of items, the item indices."""
         if key.side == "request":

@@ -47,7 +47,12 @@ class Loader:
 
     def _order(self, epoch: int, day: str) -> DayOrder:
         return DayOrder(
-            self.days[day], day, epoch=epoch, seed=self.seed, shards=self.data.shards, batch=self.data.requests_per_batch
+            self.days[day],
+            day,
+            epoch=epoch,
+            seed=self.seed,
+            shards=self.data.shards,
+            batch=self.data.requests_per_batch,
         )
 
     def _batches(self, start: Position) -> Iterator[Batch]:

@@ -99,9 +99,7 @@ def _after_cut(user: pd.Series, positive: pd.Series) -> pd.Series:
     return reached & (held_out > 0)
 
 
-def _requests(
-    events: pd.DataFrame, users: pd.DataFrame, groups: np.ndarray, split: str, run: int | None
-) -> Requests:
+def _requests(events: pd.DataFrame, users: pd.DataFrame, groups: np.ndarray, split: str, run: int | None) -> Requests:
     """The requests of a split; `run` ratings a request, or all of a user's when None."""
     place = np.flatnonzero(events.split == split)  # a user's ratings of one split are consecutive
     user = events.user.to_numpy()[place]
@@ -164,7 +162,12 @@ def _catalogue(items: pd.DataFrame, writer: DatasetWriter) -> tuple[list[Feature
         Feature(name="year", level="item", kind="id", size=len(year_words) + 1),
         Feature(name="genres", level="item", kind="ids", size=len(genre_words) + 1),
     ]
-    columns = {"item_id": np.arange(1, len(items) + 1), "year": years, "genres": genres, "title": items.title.to_numpy()}
+    columns = {
+        "item_id": np.arange(1, len(items) + 1),
+        "year": years,
+        "genres": genres,
+        "title": items.title.to_numpy(),
+    }
     return features, columns, pd.Index(items.item)
 
 
@@ -229,7 +232,9 @@ Open = Callable[[str], io.BytesIO]
 def _recbole(open_: Open) -> Tables:
     def read(name: str) -> pd.DataFrame:
         table = pd.read_csv(open_(name), sep="\t", dtype=str, keep_default_na=False)
-        return table.rename(columns=lambda c: {"user_id": "user", "item_id": "item"}.get(c.split(":")[0], c.split(":")[0]))
+        return table.rename(
+            columns=lambda c: {"user_id": "user", "item_id": "item"}.get(c.split(":")[0], c.split(":")[0])
+        )
 
     items = read("ml-100k.item").rename(columns={"movie_title": "title", "release_year": "year"})
     return Tables(read("ml-100k.inter"), items.assign(genres=items["class"].str.split()), read("ml-100k.user"))
@@ -263,7 +268,9 @@ def _csv(open_: Open) -> Tables:
     title, year = _title_and_year(items.title)
     genres = items.genres.where(items.genres != "(no genres listed)", "").map(lambda g: g.split("|") if g else [])
     return Tables(
-        pd.read_csv(open_("ratings.csv")).rename(columns=names), items.assign(title=title, year=year, genres=genres), None
+        pd.read_csv(open_("ratings.csv")).rename(columns=names),
+        items.assign(title=title, year=year, genres=genres),
+        None,
     )
 
 
@@ -283,21 +290,34 @@ def _title_and_year(titles: pd.Series) -> tuple[pd.Series, pd.Series]:
 def _checked(source: Path, tables: Tables) -> Tables:
     """Columns as numbers, ages in seven groups, zip codes by their first digit; DataError where a value is none."""
     ratings = tables.ratings
-    for column, lowest, highest in (("user", 0, 2**62), ("item", 0, 2**62), ("rating", 0.5, 5), ("timestamp", 0, 2**40)):
+    for column, lowest, highest in (
+        ("user", 0, 2**62),
+        ("item", 0, 2**62),
+        ("rating", 0.5, 5),
+        ("timestamp", 0, 2**40),
+    ):
         if column not in ratings:
             raise DataError(f"{source}: ratings have no column {column}; found: {', '.join(ratings.columns)}")
         numbers = pd.to_numeric(ratings[column], errors="coerce")
         wrong = ~numbers.between(lowest, highest)
         if wrong.any():
             row = int(wrong.to_numpy().argmax())
-            raise DataError(f"{source}: ratings row {row + 1}: {column} is {ratings[column].iloc[row]!r}, not a number of {lowest} to {highest}")
+            raise DataError(
+                f"{source}: ratings row {row + 1}: {column} is {ratings[column].iloc[row]!r}, not a number of {lowest} to {highest}"
+            )
         ratings = ratings.assign(**{column: numbers.astype("float32" if column == "rating" else "int64")})
     if ratings.empty:
         raise DataError(f"{source}: there is no rating in it")
-    items = tables.items.assign(item=pd.to_numeric(tables.items.item), year=pd.to_numeric(tables.items.year, errors="coerce"))
+    items = tables.items.assign(
+        item=pd.to_numeric(tables.items.item), year=pd.to_numeric(tables.items.year, errors="coerce")
+    )
     users = tables.users
     if users is not None:
         age = pd.cut(pd.to_numeric(users.age), [0, 17, 24, 34, 44, 49, 55, 200], labels=False)
         users = users.assign(user=pd.to_numeric(users.user), age=age, zip_code=users.zip_code.str[:1])
         users = users[["user", "age", "gender", "occupation", "zip_code"]]
-    return Tables(ratings[["user", "item", "rating", "timestamp"]], items[["item", "title", "year", "genres"]].reset_index(drop=True), users)
+    return Tables(
+        ratings[["user", "item", "rating", "timestamp"]],
+        items[["item", "title", "year", "genres"]].reset_index(drop=True),
+        users,
+    )

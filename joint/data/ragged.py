@@ -85,7 +85,7 @@ def draw(*keys: np.ndarray | int) -> np.ndarray:
     splitmix64's finaliser, folded over the keys: the draw of a thing depends on its names alone, never on ranks,
     batches, restarts or the order of draws.
     """
-    state = np.uint64(0x9E3779B97F4A7C15)
+    state: np.ndarray = np.asarray(0x9E3779B97F4A7C15, np.uint64)
     with np.errstate(over="ignore"):
         for key in keys:
             state = state ^ np.asarray(key).astype(np.uint64)

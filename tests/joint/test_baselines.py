@@ -79,9 +79,7 @@ def test_smoothed_means_by_hand() -> None:
 
 
 def test_smoothed_means_recover_additive_labels_on_a_full_table() -> None:
-    users, items = (
-        index.flatten() for index in torch.meshgrid(torch.arange(5), torch.arange(7), indexing="ij")
-    )
+    users, items = (index.flatten() for index in torch.meshgrid(torch.arange(5), torch.arange(7), indexing="ij"))
     labels = users.double() ** 2 - 3 * items.double()
     scores = smoothed_means(users, items, labels, smoothing=1e-9).score(users, items)
     torch.testing.assert_close(scores, labels)

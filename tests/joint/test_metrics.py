@@ -144,11 +144,7 @@ def test_ndcg_equals_torchmetrics_without_ties() -> None:
     scores = torch.randperm(len(relevant), generator=torch.Generator().manual_seed(3)).float()
     parts = [slice(*pair) for pair in zip(offsets.tolist(), offsets.tolist()[1:], strict=False)]
     values = [
-        float(
-            retrieval_normalized_dcg(
-                scores[part], relevant[part].long(), top_k=min(4, part.stop - part.start)
-            )
-        )
+        float(retrieval_normalized_dcg(scores[part], relevant[part].long(), top_k=min(4, part.stop - part.start)))
         for part in parts
         if relevant[part].any()
     ]
@@ -214,9 +210,7 @@ def test_auc_equals_all_pairs_and_torchmetrics() -> None:
     for seed in range(3):
         a, _, relevant, _, offsets = ragged(seed)
         whole = metrics.auc(a, relevant).value
-        assert whole == pytest.approx(
-            all_pairs_auc(requests(torch.tensor([0, len(a)]), a, relevant)[0]), rel=1e-12
-        )
+        assert whole == pytest.approx(all_pairs_auc(requests(torch.tensor([0, len(a)]), a, relevant)[0]), rel=1e-12)
         finite = a.clamp(min=-9)
         peer = auroc(finite, relevant.long(), task="binary")
         assert peer is not None
@@ -279,9 +273,7 @@ def test_parts_merge_to_the_whole(name: str) -> None:
         states.append(pickle.loads(pickle.dumps(part)))
     whole = metric(*columns, offsets).value
     assert merge_all(states).value == pytest.approx(whole, rel=1e-12)
-    assert states[0].merge(states[1]).merge(states[2].merge(states[3])).value == pytest.approx(
-        whole, rel=1e-12
-    )
+    assert states[0].merge(states[1]).merge(states[2].merge(states[3])).value == pytest.approx(whole, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", [*STATES, *BY_INDEX])
@@ -302,17 +294,13 @@ def test_one_class_or_no_relevant_gives_nan() -> None:
     assert metrics.precision_at_k(scores, none, offsets, 2) == Ratio(0, 1)
 
 
-def expected_corpus_rank(
-    scores: Tensor, row: Tensor, target: Tensor, weight: Tensor, mask: Tensor
-) -> list[int]:
+def expected_corpus_rank(scores: Tensor, row: Tensor, target: Tensor, weight: Tensor, mask: Tensor) -> list[int]:
     pairs = list(zip(row.tolist(), target.tolist(), strict=True))
     heavy = {pair: sum(w for p, w in zip(pairs, weight.tolist(), strict=True) if p == pair) for pair in pairs}
     found = []
     for r, t in pairs:
         eligible = [c for c in range(scores.shape[1]) if mask[r, c]]
-        listed = sorted(
-            eligible, key=lambda c: (-scores[r, c].item(), (r, c) in heavy, heavy.get((r, c), 0), c)
-        )
+        listed = sorted(eligible, key=lambda c: (-scores[r, c].item(), (r, c) in heavy, heavy.get((r, c), 0), c))
         found.append(listed.index(t) if t in listed else NEVER)
     return found
 
@@ -369,9 +357,7 @@ def test_macro_recall_of_weighted_ranks() -> None:
 
 
 def test_an_ineligible_target_is_missed_at_any_k() -> None:
-    rank = corpus_ranks(
-        torch.ones(1, 2), torch.tensor([0]), torch.tensor([1]), mask=torch.tensor([[True, False]])
-    )
+    rank = corpus_ranks(torch.ones(1, 2), torch.tensor([0]), torch.tensor([1]), mask=torch.tensor([[True, False]]))
     assert metrics.recall_of_ranks(rank, 10**9).value == 0
     assert metrics.dcg_of_ranks(rank, 10**9).value == 0
 

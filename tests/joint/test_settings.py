@@ -171,18 +171,14 @@ def test_items_of_a_list_are_named_by_their_index_and_line() -> None:
 
 
 def test_null_in_a_list_is_nothing_to_remove() -> None:
-    assert errors_of("x: [1, null]", cls=of(tuple[int, ...])) == [
-        "c.yaml:1: x.1: expected an integer, found null"
-    ]
+    assert errors_of("x: [1, null]", cls=of(tuple[int, ...])) == ["c.yaml:1: x.1: expected an integer, found null"]
 
 
 # Dataclasses and tagged unions
 
 
 def test_defaults_and_nesting() -> None:
-    config = decode(
-        tree_of("name: a\nheads:\n  ranking: {trunk: {kind: mmoe, experts: 4}}\nadam: {lr: 1e-4}"), Config
-    )
+    config = decode(tree_of("name: a\nheads:\n  ranking: {trunk: {kind: mmoe, experts: 4}}\nadam: {lr: 1e-4}"), Config)
     assert config == Config(name="a", heads={"ranking": Head(trunk=Mmoe(experts=4))}, adam=Adam(lr=1e-4))
 
 
@@ -370,9 +366,7 @@ notes: {}
 
 
 def test_differences_name_the_key_and_both_values() -> None:
-    a = Config(
-        name="a", heads={"x": Head(trunk=Snr()), "y": Head(trunk=Snr())}, adam=Adam(lr=0.1, betas=(0.5, 0.5))
-    )
+    a = Config(name="a", heads={"x": Head(trunk=Snr()), "y": Head(trunk=Snr())}, adam=Adam(lr=0.1, betas=(0.5, 0.5)))
     b = replace(a, name="b", adam=replace(a.adam, betas=(0.5, 0.9)), heads={"x": a.heads["x"]}, seed=3)
     lines = differences(a, b)
     assert lines[:2] == ["name: 'a' != 'b'", "seed: 0 != 3"]

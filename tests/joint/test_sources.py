@@ -114,9 +114,7 @@ def test_malformed_overrides_are_all_named() -> None:
 
 def test_place_is_that_of_the_deepest_node_that_exists() -> None:
     tree = tree_of("a:\n  b:\n    - 1\n    - 2\nc: 3", "a.d.e=5", "a.x=6")
-    places = {
-        path: place(tree, path) for path in ("", "z", "a", "a.b", "a.b.1", "a.b.7", "a.b.q", "c.d", "a.d")
-    }
+    places = {path: place(tree, path) for path in ("", "z", "a", "a.b", "a.b.1", "a.b.7", "a.b.q", "c.d", "a.d")}
     assert places == {
         "": "c.yaml:1",
         "z": "c.yaml:1",

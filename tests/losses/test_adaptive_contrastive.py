@@ -194,9 +194,7 @@ def test_order_split_and_block_size_do_not_matter(ragged: Any, monkeypatch: pyte
     whole = adaptive_contrastive(s, first, second, x, offsets)
     spans = itertools.pairwise(ragged.offsets)
     order = np.concatenate([np.random.default_rng(0).permutation(np.arange(a, b)) for a, b in spans])
-    assert_close(
-        tuple(adaptive_contrastive(s[order], first[order], second[order], x[order], offsets)), tuple(whole)
-    )
+    assert_close(tuple(adaptive_contrastive(s[order], first[order], second[order], x[order], offsets)), tuple(whole))
     n = int(offsets[4])
     left = adaptive_contrastive(s[:n], first[:n], second[:n], x[:n], offsets[:5])
     right = adaptive_contrastive(s[n:], first[n:], second[n:], x[n:], offsets[4:] - n)

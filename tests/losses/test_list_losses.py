@@ -43,9 +43,7 @@ each = pytest.mark.parametrize("loss", [list_net, list_mle])
 
 
 @both
-def test_value_and_gradient(
-    loss: Any, oracle: Any, ragged: Any, numeric_gradient: Callable[..., Tensor]
-) -> None:
+def test_value_and_gradient(loss: Any, oracle: Any, ragged: Any, numeric_gradient: Callable[..., Tensor]) -> None:
     s, t, offsets = ragged.tensors("logits", "teacher", "offsets")
     s.requires_grad_()
     term = loss(s, t, offsets)
@@ -127,9 +125,7 @@ def test_list_mle_of_large_float32_logits_does_not_cancel() -> None:
 @each
 @pytest.mark.parametrize("lengths", [[], [0, 0], [1, 0, 1]])
 @pytest.mark.parametrize("tasks", [(), (2,)])
-def test_no_units_is_zero_and_tied_to_the_graph(
-    loss: Any, lengths: list[int], tasks: tuple[int, ...]
-) -> None:
+def test_no_units_is_zero_and_tied_to_the_graph(loss: Any, lengths: list[int], tasks: tuple[int, ...]) -> None:
     offsets = torch.tensor([0, *np.cumsum(lengths)]).long()
     s = torch.full((sum(lengths), *tasks), math.nan, requires_grad=True)
     term = loss(s, s.detach(), offsets)

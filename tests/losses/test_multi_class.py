@@ -104,9 +104,7 @@ def test_blocked_form_is_the_loop(pool: Pool) -> None:
 def test_plain_form_is_the_loop(pool: Pool) -> None:
     s = pool.queries[pool.row] @ pool.items.t()
     term = multi_class(s, pool.target, sample_weight=pool.weight, log_q=pool.log_q, mask=pool.keep())
-    expected = oracle(
-        s.numpy(), pool.target.numpy(), pool.weight.numpy(), pool.log_q.numpy(), pool.keep().numpy()
-    )
+    expected = oracle(s.numpy(), pool.target.numpy(), pool.weight.numpy(), pool.log_q.numpy(), pool.keep().numpy())
     assert_close(term.total.item(), expected, rtol=1e-12, atol=0)
     assert term.count.item() == 14
 
@@ -151,9 +149,7 @@ def test_multi_class_hand_computed() -> None:
     logits, target = torch.zeros(2, 4), torch.tensor([0, 3])
     mask = torch.tensor([[False, True, True, True], [True, True, False, True]])
     term = multi_class(logits, target, sample_weight=torch.tensor([1.0, 0.0]), mask=mask)
-    assert_close(
-        term, LossTerm(torch.tensor(math.log(4)), torch.tensor(2.0))
-    )  # the target stays; weight 0 counts
+    assert_close(term, LossTerm(torch.tensor(math.log(4)), torch.tensor(2.0)))  # the target stays; weight 0 counts
     q = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
     assert_close(multi_class(q.expand(2, 4), target, log_q=q).total.item(), 2 * math.log(4))
 
@@ -162,9 +158,7 @@ def test_impressions_of_one_query_leave_each_other_in() -> None:
     q, v = torch.zeros(1, 2), torch.randn(3, 2)
     term = multi_class_vectors(q, v, torch.tensor([0, 0]), torch.tensor([0, 1]))
     assert_close(term, LossTerm(torch.tensor(2 * math.log(3)), torch.tensor(2.0)))
-    same = multi_class_vectors(
-        q, v, torch.tensor([0, 0]), torch.tensor([0, 1]), item_ids=torch.tensor([5, 5, 6])
-    )
+    same = multi_class_vectors(q, v, torch.tensor([0, 0]), torch.tensor([0, 1]), item_ids=torch.tensor([5, 5, 6]))
     assert_close(same.total.item(), 2 * math.log(2))
 
 

@@ -81,9 +81,7 @@ def test_pairwise_without_masks_takes_every_pair(ragged: Any) -> None:
     assert term.count.item() == count
 
 
-def test_soft_pairwise_is_the_sum_over_unordered_pairs(
-    ragged: Any, numeric_gradient: Callable[..., Tensor]
-) -> None:
+def test_soft_pairwise_is_the_sum_over_unordered_pairs(ragged: Any, numeric_gradient: Callable[..., Tensor]) -> None:
     s, t, offsets, mask = ragged.tensors("logits", "teacher", "offsets", "second")
     s.requires_grad_()
     term = soft_pairwise(s, t, offsets, mask=mask)
@@ -112,9 +110,7 @@ def test_pairs_hand_computed() -> None:
 
 
 def test_tasks_are_independent_and_masks_spread_over_them(ragged: Any) -> None:
-    s, t, p, offsets, win, lose = ragged.tensors(
-        "logits", "teacher", "priority", "offsets", "first", "second"
-    )
+    s, t, p, offsets, win, lose = ragged.tensors("logits", "teacher", "priority", "offsets", "first", "second")
     logits, winner = torch.stack([s, t], 1), torch.stack([win, lose], 1)
     both = pairwise(logits, p, offsets, winner=winner, loser=lose, weight=s.exp())
     for task in (0, 1):
@@ -144,9 +140,7 @@ def test_no_gradient_reaches_the_teacher(ragged: Any) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_who_is_in_no_pair_may_be_anything(ragged: Any, bad: float) -> None:
-    s, t, p, offsets, win, lose = ragged.tensors(
-        "logits", "teacher", "priority", "offsets", "first", "second"
-    )
+    s, t, p, offsets, win, lose = ragged.tensors("logits", "teacher", "priority", "offsets", "first", "second")
 
     def check(loss: Callable[[Tensor, Tensor], LossTerm], used: Tensor) -> None:
         dirty = s.where(used, bad).requires_grad_()

@@ -35,9 +35,7 @@ def test_binary_is_the_sum_over_units(ragged: Any, dtype: torch.dtype) -> None:
 
 def test_binary_hand_computed() -> None:
     s, y = torch.zeros(4), torch.tensor([1, 0, 1, 0])
-    assert_close(
-        binary(s, y, positive_weight=3.0), LossTerm(torch.tensor(8 * math.log(2)), torch.tensor(4.0))
-    )
+    assert_close(binary(s, y, positive_weight=3.0), LossTerm(torch.tensor(8 * math.log(2)), torch.tensor(4.0)))
     assert_close(binary(s, y.bool()), LossTerm(torch.tensor(4 * math.log(2)), torch.tensor(4.0)))
 
 
@@ -94,9 +92,7 @@ def test_tasks_have_their_own_sums_and_one_mask_spreads(ragged: Any) -> None:
             term = loss(logits, t.sigmoid(), mask=chosen)
             assert term.total.shape == term.count.shape == (2,)
             for task in (0, 1):
-                alone = loss(
-                    logits[:, task], t.sigmoid(), mask=chosen if chosen.dim() == 1 else chosen[:, task]
-                )
+                alone = loss(logits[:, task], t.sigmoid(), mask=chosen if chosen.dim() == 1 else chosen[:, task])
                 assert_close((term.total[task], term.count[task]), tuple(alone))
 
 

@@ -320,9 +320,7 @@ def test_penalty_closes_gates() -> None:
 
 
 def test_step_and_summary_reach_nested_trunks() -> None:
-    model = nn.ModuleDict(
-        {"a": build_trunk(Snr(subnetworks=2, hidden=(4, 3)), tasks=3), "b": nn.Linear(1, 1)}
-    )
+    model = nn.ModuleDict({"a": build_trunk(Snr(subnetworks=2, hidden=(4, 3)), tasks=3), "b": nn.Linear(1, 1)})
     set_step(model, 7)
     assert [m.step for m in model.modules() if isinstance(m, HardConcrete)] == [7, 7]
     summary = routing(model)
@@ -330,9 +328,7 @@ def test_step_and_summary_reach_nested_trunks() -> None:
         "a.routing.0.gates": (2, 2),
         "a.routing.1.gates": (3, 2),
     }
-    assert all(
-        torch.allclose(gates, torch.tensor(0.5)) and not gates.requires_grad for gates in summary.values()
-    )
+    assert all(torch.allclose(gates, torch.tensor(0.5)) and not gates.requires_grad for gates in summary.values())
     assert routing(model["b"]) == {}
     with pytest.raises(ValueError, match="snr"):
         expected_l0(model["b"])

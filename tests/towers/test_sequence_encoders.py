@@ -100,9 +100,7 @@ def test_an_empty_history_gives_zeros_and_finite_gradients(config: Encoder) -> N
     assert (leaf.grad == 0).all()
 
 
-def naive_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None, is_causal: bool
-) -> Tensor:
+def naive_attention(query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
     """Attention as its formula has it: a row without a visible key is NaN."""
     scores = query @ key.transpose(2, 3) / query.shape[3] ** 0.5
     visible = torch.ones(scores.shape[2:]).tril().bool() if attn_mask is None else attn_mask
@@ -111,9 +109,7 @@ def naive_attention(
 
 
 @pytest.mark.parametrize("mode", ["causal", "bidirectional"])
-def test_empty_histories_do_not_rely_on_the_attention_kernel(
-    monkeypatch: pytest.MonkeyPatch, mode: Any
-) -> None:
+def test_empty_histories_do_not_rely_on_the_attention_kernel(monkeypatch: pytest.MonkeyPatch, mode: Any) -> None:
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", naive_attention)
     encoder = make(SelfAttention(mode=mode, layers=2, heads=2))
     history, _ = inputs()
@@ -143,9 +139,7 @@ def test_a_length_above_the_places_is_read_as_the_places(config: Encoder) -> Non
     torch.testing.assert_close(encode(encoder, history, torch.full((4,), 9), target, ROW), expected)
 
 
-@pytest.mark.parametrize(
-    ("config", "ordered"), [(Mean(), False), (TargetAttention(), False), (SelfAttention(), True)]
-)
+@pytest.mark.parametrize(("config", "ordered"), [(Mean(), False), (TargetAttention(), False), (SelfAttention(), True)])
 def test_which_encoders_see_the_order_of_events(config: Encoder, ordered: bool) -> None:
     encoder = make(config)
     history, target = inputs()
@@ -186,9 +180,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 def attention(block: Any, x: np.ndarray, *, heads: int, causal: bool) -> np.ndarray:
     """One Transformer layer over one request's events `[n, D]`, head by head."""
-    query, key, value = np.split(
-        linear(block.query_key_value, layer_norm(block.attention_norm, x)), 3, axis=1
-    )
+    query, key, value = np.split(linear(block.query_key_value, layer_norm(block.attention_norm, x)), 3, axis=1)
     size, parts = x.shape[1] // heads, []
     for h in range(heads):
         q, k, v = (part[:, h * size : (h + 1) * size] for part in (query, key, value))
