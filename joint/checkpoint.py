@@ -37,21 +37,24 @@ def save(
     *,
     keep: int,
 ) -> None:
-    """Write `FOLDER/step-…` whole, then drop all but the `keep` newest. Every rank takes part."""
+    """Write `FOLDER/step-…` whole, then drop all but the `keep` newest. Every rank takes part.
+
+    A checkpoint of that step that is there already (a broken one, since the run did not go on from it) is replaced.
+    """
     final = folder / f"step-{progress.step:08d}"
-    if final.exists():
-        return
     temporary = folder / f".{final.name}.unfinished"
     if rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in folder.glob(".step-*"):
+            shutil.rmtree(left)
     dist.barrier()
     numbers = torch.tensor([progress.step, *astuple(progress.position)])
     dcp.save(_state(model, optimizer) | {"progress": numbers}, checkpoint_id=temporary)
     dist.barrier()
     if rank() == 0:
+        _remove(final)
         temporary.rename(final)
         for old in steps(folder)[:-keep]:
-            shutil.rmtree(old)
+            _remove(old)
     dist.barrier()
 
 
@@ -77,12 +80,19 @@ def load_latest(folder: Path, model: DistributedModelParallel, optimizer: Combin
         dcp.load(state, checkpoint_id=found[-1])
     except (dcp.CheckpointException, OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1]
-        raise CheckpointError(f"{found[-1]}: cannot be loaded ({reason})") from error
+        before = f" to go on from {found[-2].name}" if len(found) > 1 else ""
+        raise CheckpointError(f"{found[-1]}: cannot be loaded ({reason}); remove it{before}") from error
     model.load_state_dict(state["model"])
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
     step, *place = numbers.tolist()
     return Progress(step, Position(*place))
+
+
+def _remove(path: Path) -> None:
+    """Under another name first: half removed, it must not pass for whole."""
+    if path.exists():
+        shutil.rmtree(path.rename(path.with_name(f".{path.name}.removed")))
 
 
 def _state(model: DistributedModelParallel, optimizer: CombinedOptimizer | None) -> dict[str, object]:

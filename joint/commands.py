@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 
-from joint.errors import UserError
+from joint.errors import RankError, UserError
+
+FIRST_RANK_SPEAKS = 30  # seconds that the other ranks leave it
 
 
 def run_command(main: Callable[[], int]) -> int:
@@ -17,8 +20,12 @@ def run_command(main: Callable[[], int]) -> int:
     try:
         return main()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
             print(error, file=sys.stderr, flush=True)
+        else:
+            # The first rank says it. A rank that ended before it would make torchrun end the first one unheard;
+            # after it, torchrun ends us.
+            time.sleep(FIRST_RANK_SPEAKS)
         return 2
     except KeyboardInterrupt:
         return 130

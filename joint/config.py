@@ -205,6 +205,9 @@ def _mistakes(config: Config) -> Iterator[Mistake]:
     yield from _unknown("evaluation.whole_catalogue", config.evaluation.whole_catalogue, list(heads), "head")
     if "random" in config.data.candidates and config.data.candidates["random"] == "all":
         yield "data.candidates.random", "expected a number of draws, found 'all'"
+    if config.evaluation.valid in config.data.train and config.train.evaluate_every_epochs:
+        part = config.evaluation.valid
+        yield "train.evaluate_every_epochs", f"{part} is trained on, so it validates nothing; set 0 or change data.train"
     for name, head in heads.items():
         yield from _unknown(f"heads.{name}.fusion", list(head.fusion), list(config.tasks), "task")
     for name, objective in config.objectives.items():

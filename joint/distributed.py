@@ -77,13 +77,13 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
         gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
         dist.all_gather_into_tensor(gathered, rows.contiguous())
         return gathered
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         # gloo has no reduce-scatter: sum everything, keep our share.
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
@@ -98,7 +98,7 @@ def shard(module: nn.Module, sharding: dict[str, str], *, device: torch.device) 
         sharding: table -> 'auto', 'table_wise' or 'row_wise'.
     """
     sharder = EmbeddingCollectionSharder()
-    sharders: list[ModuleSharder[nn.Module]] = [sharder]  # type: ignore[list-item]
+    sharders: list[ModuleSharder[nn.Module]] = [sharder]
     plan = ShardingPlan(plan={})
     turn = 0
     for name, collection in module.embeddings.collections.items():  # type: ignore[union-attr,operator]

@@ -6,6 +6,7 @@ A metric's name is `HEAD/METRIC[/TASK]`, `alignment/…` or `funnel/…`; withou
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from joint.reference import baseline_metrics
 
 Forward = Callable[[Batch], Outputs]
 State = Ratio | AucState
+States = dict[str, list[Any]]  # metric -> its states so far, all of one kind
 STUDENTS = ("retrieval", "pre_ranking")
 
 
@@ -46,9 +48,9 @@ class Evaluator:
         self.items = assembler.dataset.schema.items
 
     @torch.no_grad()
-    def __call__(self, split: str) -> dict[str, float]:
-        """Every metric of the split."""
-        states: dict[str, list[State]] = {}
+    def __call__(self, split: str, *, whole_catalogue: bool) -> dict[str, float]:
+        """Every metric of the split; those of heads that score the whole catalogue cost most, and can be left out."""
+        states: States = {}
         corpus: Tensor | None = None
         for requests in self._chunks(split):
             candidates = logged(requests, self.assembler.dataset)
@@ -57,8 +59,9 @@ class Evaluator:
             if "retrieval" in self.heads:
                 corpus = outputs["retrieval"].corpus[: self.items] if corpus is None else corpus  # type: ignore[index]
                 self._add(states, self._retrieval(requests, candidates, outputs["retrieval"], corpus))
-            self._add(states, self._whole_catalogue(requests, candidates))
-        merged: dict[str, list[State]] = {}
+            if whole_catalogue:
+                self._add(states, self._whole_catalogue(requests, candidates))
+        merged: States = {}
         for part in gather_objects(states):
             self._add(merged, {name: metrics.merge_all(found) for name, found in part.items()})
         return {name: metrics.merge_all(found).value for name, found in merged.items()}
@@ -162,7 +165,7 @@ class Evaluator:
             return {}
         step = max(1, self.config.evaluation.candidates_per_batch // self.items)
         share = -(-self.config.data.requests_per_batch // world_size())
-        states: dict[str, list[State]] = {}
+        states: States = {}
         for start in range(0, share, step):
             rows = np.arange(start, min(start + step, len(requests)))
             if world_size() == 1 and not len(rows):
@@ -191,7 +194,7 @@ class Evaluator:
         return np.isin(items.rows * self.items + items.values, row * self.items + target)
 
     @staticmethod
-    def _add(states: dict[str, list[State]], more: Mapping[str, State]) -> None:
+    def _add(states: States, more: Mapping[str, State]) -> None:
         for name, state in more.items():
             states.setdefault(name, []).append(state)
 
@@ -207,11 +210,14 @@ def _without(items: Ragged, taken: Ragged, catalogue: int) -> Ragged:
 
 
 def evaluate(
-    model: DistributedModelParallel, assembler: Assembler, device: torch.device, split: str
+    model: DistributedModelParallel, assembler: Assembler, device: torch.device, split: str, *, full: bool = True
 ) -> dict[str, float]:
-    """Every metric of a model on a split, with those of the baselines where the config asks for them."""
+    """Every metric of a model on a split; a `full` look adds what the config asks for and costs most.
+
+    That is the whole catalogue scored by heads besides retrieval, and the baselines.
+    """
     model.eval()
-    found = Evaluator(lambda batch: model(batch)[1].outputs, assembler, device)(split)
-    if assembler.plan.config.evaluation.baselines:
+    found = Evaluator(lambda batch: model(batch)[1].outputs, assembler, device)(split, whole_catalogue=full)
+    if full and assembler.plan.config.evaluation.baselines:
         found |= baseline_metrics(assembler.plan.config, assembler.dataset, split)
     return found

@@ -17,6 +17,7 @@ from joint.batch import Batch
 from joint.outputs import HeadOutput, Outputs
 from joint.schema import EXPOSED_TOKENS, STAGES, Stage
 from losses import LossTerm
+from losses.term import check_positive
 
 Head = Literal["retrieval", "pre_ranking", "ranking"]
 
@@ -27,6 +28,10 @@ class _Common:
     space: tuple[str, ...]
     tasks: tuple[str, ...] = ()  # none named: all of them
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.weight >= 0:
+            raise ValueError(f"weight is {self.weight}, expected 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +49,10 @@ class Distillation(_Common):
     loss: Literal["distillation"] = "distillation"
     teacher: Head = "ranking"
     temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(temperature=self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +72,10 @@ class AdaptiveContrastive(_Common):
     temperature: float = 1.0
     delta: float = 1.0
     adaptive: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(temperature=self.temperature, delta=self.delta)
 
 
 Objective = Binary | Distillation | MultiClass | AdaptiveContrastive

@@ -27,9 +27,14 @@ def build_optimizer(model: DistributedModelParallel, config: Optimizer) -> Combi
     kind = DENSE_OPTIMIZERS[config.dense.kind]
     dense = KeyedOptimizerWrapper(
         dict(in_backward_optimizer_filter(model.named_parameters())),
-        lambda parameters: kind(parameters, lr=config.dense.lr, weight_decay=config.dense.weight_decay),
+        lambda parameters: kind(parameters, lr=0.0, weight_decay=config.dense.weight_decay),
     )
-    dense.init_state()  # moments exist from the start, so that a checkpoint always finds them
+    # Moments exist from the start, so that a checkpoint always finds them. TorchRec makes them by a step, which must
+    # leave no trace: at a rate of 0 (`set_learning_rates` knows the real one), and with all counts and moments at 0.
+    dense.init_state()
+    for moments in dense.state.values():
+        for moment in moments.values():
+            moment.zero_()
     return CombinedOptimizer([("tables", model.fused_optimizer), ("dense", dense)])
 
 

@@ -54,5 +54,5 @@ class PlainPipeline:
 def build_pipeline(model: DistributedModelParallel, optimizer: CombinedOptimizer, device: torch.device) -> Pipeline:
     """TorchRec's pipeline on CUDA, which overlaps copies, exchanges of ids and compute; a plain loop on CPU."""
     if device.type == "cuda":
-        return TrainPipelineSparseDist(model, optimizer, device)  # type: ignore[return-value]
+        return TrainPipelineSparseDist(model, optimizer, device)
     return PlainPipeline(model, optimizer)

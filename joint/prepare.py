@@ -32,7 +32,10 @@ def summary(out: Path, schema: Schema) -> str:
 
 def main() -> int:
     """Prepare the named source; returns the exit code."""
-    arguments = parser().parse_args()
+    command = parser()
+    arguments = command.parse_args()
+    if arguments.run < 1:
+        command.error(f"--run is {arguments.run}; expected 1 or more")
     print(CITATION, flush=True)
     schema = prepare_movielens(
         arguments.path, arguments.out, run=arguments.run, seed=arguments.seed, overwrite=arguments.overwrite

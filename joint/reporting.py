@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import time
 from collections.abc import Mapping
 from datetime import timedelta
+from itertools import compress
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from joint.distributed import rank
-from joint.run import RunDirectory
+from joint.run import RunDirectory, write_whole
 
 
 class Reporter:
@@ -25,9 +28,10 @@ class Reporter:
         self.started, self.first_step = time.perf_counter(), resumed_from
         if self.speaks:
             self.log = run.log.open("a")
-            self.metrics = run.metrics.open("a")
             # What an interrupted run wrote after its last checkpoint is written again, and must not show twice.
-            self.board = SummaryWriter(str(run.tensorboard), purge_step=resumed_from)
+            _rewind(run.metrics, resumed_from)
+            self.metrics = run.metrics.open("a")
+            self.board = SummaryWriter(str(run.tensorboard), purge_step=resumed_from + 1)
         self._start_interval()
 
     def say(self, text: str) -> None:
@@ -37,16 +41,25 @@ class Reporter:
             self.log.write(text + "\n")
             self.log.flush()
 
-    def step(self, losses: Mapping[str, torch.Tensor], *, requests: int, candidates: int, waited: float) -> None:
-        """Take note of a step of this rank; `waited` is the seconds it waited for data."""
+    def step(
+        self,
+        losses: Mapping[str, torch.Tensor],
+        *,
+        requests: int,
+        candidates: int,
+        seconds: float,
+        waited: float,
+    ) -> None:
+        """Take note of a step of this rank, which took `seconds` and of them `waited` for data."""
         self._losses.append({name: value.detach() for name, value in losses.items()})
         self._requests += requests
         self._candidates += candidates
+        self._seconds += seconds
         self._waited += waited
 
     def interval(self, step: int, *, requests: int, candidates: int, rates: Mapping[str, float]) -> None:
         """Say how the steps since the last interval went; counts are of all ranks."""
-        elapsed = time.perf_counter() - self._began
+        elapsed = self._seconds
         losses = {n: float(torch.stack([entry[n] for entry in self._losses]).mean()) for n in self._losses[0]}
         numbers = {f"loss/{name}": value for name, value in losses.items()}
         numbers |= {f"optimizer/lr_{name}": rate for name, rate in rates.items()}
@@ -66,12 +79,13 @@ class Reporter:
         self._start_interval()
 
     def numbers(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Write numbers to metrics.jsonl and TensorBoard."""
+        """Write numbers to metrics.jsonl and TensorBoard; one without a unit (nan, which JSON lacks) is left out."""
         if not self.speaks:
             return
-        self.metrics.write(json.dumps({"step": step} | dict(numbers)) + "\n")
+        known = {name: value for name, value in numbers.items() if not math.isnan(value)}
+        self.metrics.write(json.dumps({"step": step} | known) + "\n")
         self.metrics.flush()
-        for name, value in numbers.items():
+        for name, value in known.items():
             self.board.add_scalar(name, value, step)
         self.board.flush()
 
@@ -89,8 +103,16 @@ class Reporter:
     def _start_interval(self) -> None:
         self._losses: list[dict[str, Any]] = []
         self._requests = self._candidates = 0
-        self._waited = 0.0
-        self._began = time.perf_counter()
+        self._seconds = self._waited = 0.0
+
+
+def _rewind(metrics: Path, step: int) -> None:
+    """Drop the lines after a step, those of the test part (a run ends with them, however often) and a torn one."""
+    if metrics.is_file():
+        lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        entries = [json.loads(line) for line in lines]
+        kept = [e["step"] <= step and not any(name.startswith("test/") for name in e) for e in entries]
+        write_whole(metrics, "".join(compress(lines, kept)))
 
 
 def peak_gib() -> float:

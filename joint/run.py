@@ -83,7 +83,10 @@ def open_run(config: Config, schema: Schema, *, write: bool) -> RunDirectory:
     if run.config.is_file():
         _check_same(run, config, schema)
     elif write:
-        run.path.mkdir(parents=True, exist_ok=True)
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{run.path}: cannot be made ({error.strerror})") from error
         write_whole(run.environment, json.dumps(_environment(schema), indent=1))
         write_whole(run.config, settings.dump(config))
     return run

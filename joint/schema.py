@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from enum import IntFlag
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -122,21 +122,25 @@ def read_schema(directory: Path) -> Schema:
     try:
         raw = json.loads(path.read_text())
         version = raw.pop("version")
-        if version != FORMAT_VERSION:
-            raise DataError(f"{path}: format version {version}; this program reads {FORMAT_VERSION}: prepare it again")
-        return Schema(
-            **raw
-            | {
-                "features": tuple(Feature(**f) for f in raw["features"]),
-                "histories": tuple(History(name=h["name"], events=tuple(h["events"])) for h in raw["histories"]),
-                "parts": tuple(Part(**p | {"groups": tuple(p["groups"])}) for p in raw["parts"]),
-                "labels": tuple(raw["labels"]),
-                "stages": tuple(raw["stages"]),
-                "input_space": {k: tuple(v) for k, v in raw["input_space"].items()},
-            }
-        )
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: not a dataset description ({error})") from error
+        if version == FORMAT_VERSION:
+            return _from_json(raw)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not a dataset description ({error!r})") from error
+    raise DataError(f"{path}: format version {version}; this program reads {FORMAT_VERSION}: prepare it again")
+
+
+def _from_json(raw: dict[str, Any]) -> Schema:
+    return Schema(
+        **raw
+        | {
+            "features": tuple(Feature(**f) for f in raw["features"]),
+            "histories": tuple(History(name=h["name"], events=tuple(h["events"])) for h in raw["histories"]),
+            "parts": tuple(Part(**p | {"groups": tuple(p["groups"])}) for p in raw["parts"]),
+            "labels": tuple(raw["labels"]),
+            "stages": tuple(raw["stages"]),
+            "input_space": {k: tuple(v) for k, v in raw["input_space"].items()},
+        }
+    )
 
 
 def table_rows(ids: np.ndarray, rows: int) -> tuple[np.ndarray, int]:

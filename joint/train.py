@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from joint import checkpoint
@@ -22,7 +23,8 @@ from joint.data.assemble import Assembler
 from joint.data.dataset import Dataset
 from joint.data.loader import Loader
 from joint.data.order import Position
-from joint.distributed import process_group, rank, sum_over_ranks, world_size
+from joint.distributed import TIMEOUT, process_group, rank, sum_over_ranks, world_size
+from joint.errors import RankError, UserError
 from joint.evaluation import evaluate
 from joint.features import Plan
 from joint.optimizers import build_optimizer, set_learning_rates
@@ -37,7 +39,7 @@ from towers.mixtures import set_step
 
 def train(config: Config, dataset: Dataset) -> None:
     """Train a config to its end, from its newest checkpoint if it has one, then measure it on the test part."""
-    with process_group() as device, stop_flag(device) as stopped:
+    with process_group() as device, stop_flag() as stopped:
         run = open_run(config, dataset.schema, write=rank() == 0)
         plan = Plan(config, dataset.schema)
         assembler = Assembler(plan, dataset)
@@ -51,43 +53,52 @@ def train(config: Config, dataset: Dataset) -> None:
         pipeline = build_pipeline(model, optimizer, device)
         batches = Timed(loader.from_position(progress.position))
         model.train()
-        while progress.step < total and not stopped():
+        stopping = False
+        while progress.step < total and not stopping:
+            began = time.perf_counter()
             # Everything random in a step follows from (seed, step, rank), so a resumed run repeats it.
             torch.manual_seed(zlib.crc32(f"{config.run.seed}/{progress.step}/{rank()}".encode()))
             set_step(model, progress.step)
             rates = set_learning_rates(optimizer, config.optimizer, progress.step)
             output = pipeline.progress(batches)
             batch = output.batch
-            reporter.step(output.losses, requests=batch.requests, candidates=len(batch.item), waited=batches.waited())
+            reporter.step(
+                output.losses,
+                requests=batch.requests,
+                candidates=len(batch.item),
+                seconds=time.perf_counter() - began,
+                waited=batches.waited(),
+            )
             progress = Progress(progress.step + 1, batch.position)
             if progress.step % config.train.log_every == 0 or progress.step == total:
                 requests, candidates = sum_over_ranks(torch.tensor(reporter.counts(), device=device)).tolist()
                 reporter.interval(progress.step, requests=requests, candidates=candidates, rates=rates)
             if ends_epoch(progress.position, config.train.evaluate_every_epochs):
                 pipeline.detach()
-                found = evaluate(model, assembler, device, config.evaluation.valid)
+                found = evaluate(model, assembler, device, config.evaluation.valid, full=False)
                 pipeline.attach()
                 model.train()
                 reporter.numbers(progress.step, found)
                 reporter.say(
                     f"epoch {progress.position.epoch} on {config.evaluation.valid}: {highlights(config, found)}"
                 )
-            if progress.step % config.train.checkpoint_every == 0 or progress.step == total:
+            stopping = stopped()
+            if stopping or progress.step % config.train.checkpoint_every == 0 or progress.step == total:
                 checkpoint.save(run.checkpoints, model, optimizer, progress, keep=config.train.keep)
         if progress.step < total:
-            checkpoint.save(run.checkpoints, model, optimizer, progress, keep=config.train.keep)
             reporter.say(f"stopped after step {progress.step} of {total}; the same command goes on from there")
         else:
             pipeline.detach()
             found = evaluate(model, assembler, device, config.evaluation.test)
             if rank() == 0:
                 write_metrics(run, found)
+            reporter.numbers(progress.step, {f"test/{name}": value for name, value in found.items()})
             reporter.say(table(config, found))
         reporter.close()
 
 
 class Timed(Iterator[Batch]):
-    """An iterator that knows how long it kept its reader waiting."""
+    """An iterator that knows how long it kept its reader waiting, and whose mistakes name the rank."""
 
     def __init__(self, batches: Iterator[Batch]) -> None:
         self.batches = batches
@@ -97,6 +108,8 @@ class Timed(Iterator[Batch]):
         began = time.perf_counter()
         try:
             return next(self.batches)
+        except UserError as error:
+            raise RankError(f"rank {rank()}: {error}") from error
         finally:
             self.seconds += time.perf_counter() - began
 
@@ -107,12 +120,19 @@ class Timed(Iterator[Batch]):
 
 
 @contextmanager
-def stop_flag(device: torch.device) -> Iterator[Callable[[], bool]]:
+def stop_flag() -> Iterator[Callable[[], bool]]:
     """Whether any rank was asked to stop (SIGTERM); all ranks hear of it at the same step."""
-    asked = []
+    asked: list[bool] = []
+    hosts = dist.new_group(backend="gloo", timeout=TIMEOUT)  # over NCCL the question would wait for the GPU
+
+    def stopped() -> bool:
+        flag = torch.tensor(len(asked))
+        dist.all_reduce(flag, group=hosts)
+        return bool(flag)
+
     previous = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     try:
-        yield lambda: bool(sum_over_ranks(torch.tensor([len(asked)], device=device)).item())
+        yield stopped
     finally:
         signal.signal(signal.SIGTERM, previous)
 

@@ -114,11 +114,10 @@ class Assembler:
             return Ragged(requests.scalars(key.feature.name), np.arange(len(requests) + 1))
         if key.feature.level == "event":
             return requests.lists(f"{key.history}.{key.feature.name}").newest(self.plan.history_lengths[key.history])
-        items = {
-            "history": lambda: histories[key.history],
-            "candidate": lambda: candidates.items,
-            "pool": lambda: _in_first(pool, len(requests)),
-        }[key.side]()
+        if key.side == "history":
+            items = histories[key.history]
+        else:
+            items = candidates.items if key.side == "candidate" else _in_first(pool, len(requests))
         if key.feature.kind == "ids":
             return items
         column = self.dataset.catalogue[key.feature.name]

@@ -5,21 +5,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from joint.data.ragged import Ragged
+from joint.data.ragged import Ragged, offsets_of
 from joint.data.requests import Column, Requests, concatenate_requests, from_arrow, to_arrow
 from joint.errors import DataError
 from joint.schema import Part, Schema, read_schema
 
 REQUEST_COLUMNS = ("request_id", "timestamp", "group")
 CANDIDATE_COLUMNS = ("candidates", "stages")
+T = TypeVar("T")
 
 
 class Dataset:
@@ -79,11 +81,13 @@ class Dataset:
         path = self.directory / part.path
         file = _open(path, pq.ParquetFile)
         _require(path, self.columns(), file.schema_arrow.names)
-        if file.metadata.num_rows != part.rows:
-            raise DataError(f"{path}: {file.metadata.num_rows} requests; dataset.json says {part.rows}")
+        groups = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
+        if groups != list(part.groups):
+            found, said = (f"{sum(counts)} in {len(counts)} row groups" for counts in (groups, part.groups))
+            raise DataError(f"{path}: requests: {found}; dataset.json says {said}")
 
 
-def _open(path: Path, reader):  # type: ignore[no-untyped-def]
+def _open(path: Path, reader: Callable[[Path], T]) -> T:
     try:
         return reader(path)
     except FileNotFoundError as error:
@@ -102,6 +106,9 @@ class DatasetWriter:
     """Writes a dataset into a temporary folder beside OUT, which `finish` renames; a failure leaves nothing.
 
     Use as a context manager: `add` requests of one day and split at a time, in time order, then `finish`.
+
+    Raises:
+        DataError: OUT exists and may not be overwritten, or cannot be made.
     """
 
     def __init__(self, out: str | Path, *, overwrite: bool = False) -> None:
@@ -110,13 +117,17 @@ class DatasetWriter:
             raise DataError(f"{self.out}: exists already; choose another folder or say --overwrite")
         if self.out.exists() and not (self.out / "dataset.json").is_file():
             raise DataError(f"{self.out}: is not a dataset, and will not be overwritten")
-        self.temporary = self.out.with_name(f".{self.out.name}.unfinished")
+        whole = self.out.absolute()
+        self.temporary = whole.with_name(f".{whole.name}.unfinished")
         self._parts: list[Part] = []
         self._digest = hashlib.sha256()
 
     def __enter__(self) -> DatasetWriter:
         shutil.rmtree(self.temporary, ignore_errors=True)
-        self.temporary.mkdir(parents=True)
+        try:
+            self.temporary.mkdir(parents=True)
+        except OSError as error:
+            raise DataError(f"{self.out}: cannot be made ({error})") from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -131,11 +142,12 @@ class DatasetWriter:
         self._write(f"vocabularies/{space}.parquet", pa.table({"value": pa.array(list(values))}), group=65_536)
 
     def add(self, requests: Requests, *, day: str, split: str) -> None:
-        """Write one day's requests of one split as one file; nothing is written for none."""
+        """Write requests of one day and split as one more file; nothing is written for none."""
         if not len(requests):
             return
         table = to_arrow(requests).append_column("split", pa.array([split] * len(requests)).dictionary_encode())
-        path = f"requests/day={day}/part-{split}.parquet"
+        number = sum((part.day, part.split) == (day, split) for part in self._parts)
+        path = f"requests/day={day}/part-{split}-{number}.parquet"
         # Many small row groups let a day be dealt evenly to the virtual shards; large ones read faster.
         group = int(np.clip(len(requests) // 128, 16, 1024))
         self._write(path, table, group=group)
@@ -168,4 +180,4 @@ def ragged_vocabulary_ids(lists: pd.Series) -> tuple[Ragged, list[object]]:
     """`vocabulary_ids` for a column of lists."""
     lengths = lists.map(len).to_numpy()
     codes, words = vocabulary_ids(lists.explode()[np.repeat(lengths > 0, np.maximum(lengths, 1))])
-    return Ragged(codes, np.concatenate([[0], np.cumsum(lengths)])), words
+    return Ragged(codes, offsets_of(lengths)), words

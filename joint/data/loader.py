@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from joint.data.order import DayOrder, Position
 from joint.data.ragged import Ragged, draw, side_by_side
 from joint.data.requests import Requests, concatenate_requests
 from joint.data.sampling import Candidates, random_items, sample_stages, with_random
+from joint.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -23,12 +25,16 @@ class Loader:
     """This rank's training batches of a run, from any position on.
 
     Every rank yields the same number of batches; one that has run out of requests yields empty ones.
+
+    Raises:
+        ConfigError: the virtual shards cannot be shared out evenly over the ranks.
+        DataError: the splits to train on hold no request.
     """
 
     def __init__(self, assembler: Assembler, *, rank: int, world_size: int) -> None:
         data = assembler.plan.config.data
         if data.shards % world_size:
-            raise ValueError(f"data.shards {data.shards} is not a multiple of the world size {world_size}")
+            raise ConfigError(f"data.shards: {data.shards} is not a multiple of the number of ranks, {world_size}")
         self.assembler = assembler
         self.days = assembler.dataset.parts(data.train)
         self.data = data
@@ -118,7 +124,15 @@ def prefetch(iterator: Iterator[T], *, depth: int) -> Iterator[T]:
         except BaseException as error:  # handed over, whatever it is
             put("error", error)
 
-    threading.Thread(target=work, daemon=True, name="loader").start()
+    thread = threading.Thread(target=work, daemon=True, name="loader")
+
+    def stop() -> None:
+        stopped.set()
+        thread.join()
+
+    # A thread that still computes while the interpreter goes down takes the process with it (SIGABRT).
+    atexit.register(stop)
+    thread.start()
     try:
         while True:
             kind, value = ready.get()
@@ -129,4 +143,5 @@ def prefetch(iterator: Iterator[T], *, depth: int) -> Iterator[T]:
                 return
             yield value  # type: ignore[misc]
     finally:
-        stopped.set()
+        atexit.unregister(stop)
+        stop()

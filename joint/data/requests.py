@@ -72,7 +72,6 @@ def _arrow_column(column: Column) -> pa.Array:
 def _numpy_column(array: pa.Array) -> Column:
     if not pa.types.is_list(array.type):
         return array.to_numpy(zero_copy_only=False)
-    # A slice's offsets need not start at 0, and `values` does not honour the slice.
+    # A slice's offsets need not start at 0; `flatten`, unlike `values`, honours the slice.
     offsets = array.offsets.to_numpy().astype(np.int64)
-    values = array.values.slice(offsets[0], offsets[-1] - offsets[0])
-    return Ragged(values.to_numpy(zero_copy_only=False), offsets - offsets[0])
+    return Ragged(array.flatten().to_numpy(zero_copy_only=False), offsets - offsets[0])

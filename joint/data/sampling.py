@@ -43,7 +43,8 @@ def sample_stages(logged: Candidates, quotas: Mapping[str, Quota], keys: np.ndar
 
     Args:
         quotas: stage or group name -> how many, or 'all'. Stages not named are left out; a stage name does not
-            count exposed candidates, `exposed` does.
+            count exposed candidates, `exposed` does. Each stage draws by itself, so a candidate of several named
+            stages may come by any of them.
         keys: uint64 [R], a hash of (seed, epoch, request).
     """
     kept = np.zeros(len(logged.stages), bool)

@@ -1,0 +1,44 @@
+# make train: from nothing to a trained, measured funnel.  make test: the tests, the way CI runs them.
+PYTHON ?= python3
+BIN := .venv/bin
+EXTRA ?= cpu
+DATA := data/ml-100k
+
+.PHONY: install data train test check fast-test benchmarks clean
+
+install: .venv/installed
+
+.venv/installed: setup.py joint/__init__.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -e ".[$(EXTRA),dev]"
+	[ "$(EXTRA)" = gpu ] || $(BIN)/pip install --disable-pip-version-check --no-deps torchrec==1.8.0
+	touch $@
+
+data: $(DATA)/dataset.json
+
+# MovieLens-100K lies in RecBole's wheel, which is only read as a zip: nothing of it is installed or kept elsewhere.
+$(DATA)/dataset.json: | .venv/installed
+	mkdir -p data/downloads
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest data/downloads recbole==1.2.1
+	$(BIN)/python -m joint.prepare movielens data/downloads/recbole-1.2.1-py3-none-any.whl $(DATA) --overwrite
+
+train: install data
+	$(BIN)/torchrun --standalone -m joint.train configs/sdcl.yaml
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy joint losses towers benchmarks
+
+test: check
+	$(BIN)/python -m pytest
+
+fast-test: install
+	$(BIN)/python -m pytest -m "not slow" --ignore tests/training
+
+benchmarks: install
+	$(BIN)/python -m benchmarks.losses
+	$(BIN)/python -m benchmarks.metrics
+
+clean:
+	rm -rf .venv data runs

@@ -1,0 +1,45 @@
+"""Install with one of the extras, since fbgemm comes in two builds that share a folder:
+
+    CPU:  pip install -e ".[cpu]" && pip install --no-deps torchrec==1.8.0
+    GPU:  pip install -e ".[gpu]"
+
+TorchRec itself asks for the CUDA build of fbgemm, so on a CPU machine it is installed without its dependencies,
+which `[cpu]` lists instead.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "joint/__init__.py").read_text())
+assert VERSION
+
+BASE = [
+    "torch==2.13.0",
+    "numpy",
+    "pyarrow",
+    "pandas",
+    "tensorboard",
+    "pyyaml",
+    "omegaconf>=2.4",
+]
+EXTRAS = {
+    "cpu": ["fbgemm-gpu-cpu==1.8.0", "tensordict", "torchmetrics==1.0.3", "tqdm", "pyre-extensions"],
+    "gpu": ["fbgemm-gpu==1.8.0", "torchrec==1.8.0"],
+    "dev": ["pytest", "ruff", "mypy", "scipy", "types-PyYAML", "pandas-stubs"],
+}
+
+setup(
+    name="joint-cascade-trainer",
+    version=VERSION.group(1),
+    description="Joint retrieval / pre-ranking / ranking trainer with shared TorchRec tables",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    packages=find_packages(include=["joint*", "towers*", "losses*"]),
+    package_data={"joint": ["py.typed"], "towers": ["py.typed"], "losses": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=BASE,
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,202 @@
+"""The commands as a user starts them: exit codes, what is said, and by whom."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+import joint
+from joint import checkpoint, commands
+from joint.commands import run_command
+from joint.data.assemble import Assembler
+from joint.data.dataset import Dataset
+from joint.data.loader import Loader
+from joint.errors import RankError, UserError
+from joint.features import Plan
+from joint.train import main
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """Python with these arguments, at the root of the project."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=Path(joint.__file__).parents[1],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def test_one_process_needs_no_torchrun_and_evaluate_repeats_its_table(tiny_file, tmp_path):
+    code, out, err = finish(start("-m", "joint.train", str(tiny_file), "data.epochs=1"))
+    assert code == 0, err
+    assert "Warning" not in err
+    table = out[out.index("             recall@3") :]
+    assert "share of the like positives left: retrieval keeps 20" in table
+    run = tmp_path / "runs" / "tiny"
+    assert table in (run / "train.log").read_text()
+    written = (run / "eval.json").read_bytes()
+    (run / "eval.json").unlink()
+    code, out, err = finish(start("-m", "joint.evaluate", str(run)))
+    assert (code, out) == (0, f"{run}, step 8, on test:\n{table}"), err
+    assert (run / "eval.json").read_bytes() == written
+
+
+def test_torchrun_trains_on_two_ranks_and_one_of_them_speaks(tiny_file, tmp_path):
+    code, out, err = finish(start(*TORCHRUN, "-m", "joint.train", str(tiny_file), "data.epochs=1"))
+    assert code == 0, err
+    assert out.count("8 steps of 16 requests on 2 rank(s)") == 1
+    assert out.count("step      8/8") == 1
+    run = tmp_path / "runs" / "tiny"
+    assert json.loads((run / "environment.json").read_text())["ranks"] == 2
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 8 + 1 + 1  # steps, the epoch, the test part
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(tiny_file, tmp_path):
+    code, out, err = finish(start("-m", "joint.train", str(tiny_file), "objectives.teacher.wieght=2"))
+    assert (code, out) == (2, "")
+    assert err == (
+        "objectives.teacher.wieght=2 (command line): objectives.teacher.wieght: unknown key; did you mean weight?\n"
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("heads.ranking.features=[user_id, price, item_id]", "no feature or encoder 'price'"),
+        ("tasks.like.label=clicks", "tasks.like.label: no label 'clicks'; known: rating"),
+        ("data.path=/nowhere", "/nowhere/dataset.json: not found; expected a prepared dataset"),
+        ("objectives.negatives.temperature=0", "temperature is 0.0, expected a number above 0"),
+        ("tables.gender.sharding=row_wise", None),  # three rows, one rank: fine
+    ],
+)
+def test_what_can_be_checked_is_checked_before_anything_starts(tiny_file, tmp_path, capsys, override, says):
+    code = run_command(lambda: main([str(tiny_file), override, "data.epochs=1"]))
+    err = capsys.readouterr().err
+    assert code == (2 if says else 0)
+    if says:
+        assert says in err
+        assert err.count("\n") == 1
+        assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_directory_that_cannot_be_made_is_said_so(tiny_file, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    code = run_command(lambda: main([str(tiny_file), f"run.dir={tmp_path}/file"]))
+    assert (code, capsys.readouterr().err) == (2, f"{tmp_path}/file/tiny: cannot be made (Not a directory)\n")
+
+
+def test_a_loss_that_blows_up_is_named_and_leaves_no_thread_behind(tiny_file, tmp_path, capsys):
+    before = set(threading.enumerate())
+    code = run_command(lambda: main([str(tiny_file), "optimizer.dense.lr=1e30", "data.epochs=50"]))
+    err = capsys.readouterr().err
+    assert code == 2
+    assert (
+        err
+        == "loss of teacher, student, distill, negatives, retrieve is not finite; a lower learning rate may mend it\n"
+    )
+    assert not checkpoint.steps(tmp_path / "runs/tiny/checkpoints")
+    for _ in range(50):
+        loaders = [t for t in set(threading.enumerate()) - before if t.name == "loader"]
+        if not loaders:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"still there: {loaders}")
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "says"), [("0", UserError, True), ("1", UserError, False), ("1", RankError, True)]
+)
+def test_the_first_rank_speaks_of_what_all_see_and_has_the_time_to(monkeypatch, capsys, rank, error, says):
+    waited: list[float] = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(commands.time, "sleep", waited.append)
+
+    def fail() -> int:
+        raise error("wrong")
+
+    assert run_command(fail) == 2
+    assert capsys.readouterr().err == ("wrong\n" if says else "")
+    assert bool(waited) != says
+
+
+def test_an_interrupt_is_130():
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    assert run_command(interrupted) == 130
+
+
+@pytest.fixture
+def broken_for_one(tiny_file, configure, tiny_data, tmp_path) -> Path:
+    """A dataset with one row group that only the second rank reads, and cannot."""
+    copy = tmp_path / "data"
+    shutil.copytree(tiny_data, copy)
+    config = configure()
+    dataset = Dataset(copy)
+    loader = Loader(Assembler(Plan(config, dataset.schema), dataset), rank=1, world_size=2)
+    windows = loader._order(0, next(iter(loader.days))).windows[1]
+    part, group = windows[0].groups[0]
+    assert group != 0  # that one serves as a model of an empty batch
+    column = pq.ParquetFile(copy / part.path).metadata.row_group(group).column(0)
+    with (copy / part.path).open("r+b") as file:
+        file.seek(column.dictionary_page_offset or column.data_page_offset)
+        file.write(b"\xff" * column.total_compressed_size)
+    return copy
+
+
+@pytest.mark.slow
+def test_a_mistake_that_one_rank_sees_is_said_by_it_and_ends_all(tiny_file, broken_for_one):
+    copy = broken_for_one
+    began = time.monotonic()
+    code, _, err = finish(start(*TORCHRUN, "-m", "joint.train", str(tiny_file), f"data.path={copy}"))
+    assert code != 0
+    assert f"rank 1: {copy}/requests/day=" in err
+    assert "cannot be read" in err
+    assert time.monotonic() - began < 60  # the other rank does not wait for its five minutes
+
+
+@pytest.mark.slow
+def test_a_loss_that_blows_up_ends_all_ranks_and_is_said_once(tiny_file):
+    code, _, err = finish(start(*TORCHRUN, "-m", "joint.train", str(tiny_file), "optimizer.dense.lr=1e30"))
+    assert code != 0
+    assert err.count("is not finite; a lower learning rate may mend it") == 1
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_saves_and_one_process_goes_on(tiny_file, tmp_path):
+    overrides = ["data.epochs=25", "train.checkpoint_every=100000", "train.evaluate_every_epochs=0"]
+    process = start(*TORCHRUN, "-m", "joint.train", str(tiny_file), *overrides)
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("step     10/"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, out, _ = finish(process)
+    (saved,) = checkpoint.steps(tmp_path / "runs/tiny/checkpoints")
+    step = int(saved.name.split("-")[1])
+    assert f"stopped after step {step} of 200; the same command goes on from there" in out
+    code, out, err = finish(start("-m", "joint.train", str(tiny_file), *overrides))
+    assert code == 0, err
+    assert f"resuming after step {step}" in out
+    steps = [json.loads(line)["step"] for line in (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()]
+    assert steps == [*range(1, 201), 200]

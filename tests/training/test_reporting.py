@@ -1,0 +1,86 @@
+"""What a run reports: the figures of an interval, and nothing twice however often it was interrupted."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from joint.reporting import Reporter
+from joint.run import RunDirectory
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(tmp_path)
+
+
+def step(reporter: Reporter, loss: float, **more: float) -> None:
+    counts = {"requests": 4, "candidates": 20, "seconds": 2.0, "waited": 0.5} | more
+    reporter.step({"student": torch.tensor(loss), "total": torch.tensor(2 * loss)}, **counts)
+
+
+def lines_of(directory: RunDirectory) -> list[dict[str, float]]:
+    return [json.loads(line) for line in directory.metrics.read_text().splitlines()]
+
+
+def board_of(directory: RunDirectory, name: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(directory.tensorboard)).Reload()
+    return [(event.step, round(event.value, 4)) for event in events.Scalars(name)]
+
+
+def test_an_interval_is_the_mean_of_its_steps_and_counts_only_their_time(directory, capsys):
+    reporter = Reporter(directory, total_steps=10, resumed_from=0)
+    step(reporter, 1.0)
+    step(reporter, 2.0, waited=1.5)
+    assert reporter.counts() == (8, 40)
+    reporter.interval(2, requests=16, candidates=80, rates={"dense": 0.1})  # of two ranks
+    step(reporter, 5.0)
+    reporter.interval(3, requests=4, candidates=20, rates={"dense": 0.1})
+    reporter.close()
+    first, second = lines_of(directory)
+    assert first["loss/student"] == 1.5
+    assert first["loss/total"] == 3.0
+    assert first["speed/requests_per_second"] == 4.0
+    assert first["speed/candidates_per_second"] == 20.0
+    assert first["speed/data_wait_fraction"] == 0.5
+    assert first["optimizer/lr_dense"] == 0.1
+    assert 0.05 < first["memory/peak_gib"] < 64
+    assert second["loss/student"] == 5.0
+    assert second["speed/data_wait_fraction"] == 0.25
+    out = capsys.readouterr().out
+    assert out == directory.log.read_text()
+    shown = r"step +2/10  student 1\.5000  total 3\.0000  \| 4 requests/s, 20 candidates/s, waiting 50%, .* left"
+    assert re.fullmatch(shown, out.splitlines()[0])
+
+
+def test_a_resumed_run_reports_nothing_twice(directory):
+    for begin, end in ((0, 5), (3, 6)):  # saved at 3, killed after 5, resumed
+        reporter = Reporter(directory, total_steps=6, resumed_from=begin)
+        for number in range(begin + 1, end + 1):
+            reporter.numbers(number, {"loss/total": 10 * begin + number})
+        reporter.numbers(end, {"test/recall": end, "without a unit": float("nan")})
+        reporter.close()
+        if end < 6:
+            with directory.metrics.open("a") as file:
+                file.write('{"step": 3, "lo')  # torn by the kill
+    expected = [(1, 1), (2, 2), (3, 3), (4, 34), (5, 35), (6, 36)]
+    entries = lines_of(directory)
+    assert [(e["step"], e["loss/total"]) for e in entries if "loss/total" in e] == expected
+    assert [e for e in entries if "loss/total" not in e] == [{"step": 6, "test/recall": 6}]
+    assert board_of(directory, "loss/total") == expected
+
+
+def test_other_ranks_are_silent(directory, monkeypatch, capsys):
+    monkeypatch.setattr("joint.reporting.rank", lambda: 1)
+    reporter = Reporter(directory, total_steps=10, resumed_from=0)
+    step(reporter, 1.0)
+    assert reporter.counts() == (4, 20)
+    reporter.interval(1, requests=4, candidates=20, rates={})
+    reporter.close()
+    assert capsys.readouterr().out == ""
+    assert list(directory.path.iterdir()) == []
