@@ -28,7 +28,7 @@ train: install data
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy joint losses towers benchmarks
+	$(BIN)/mypy joint losses towers
 
 test: check
 	$(BIN)/python -m pytest

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,15 @@ from towers.pre_ranking import PreRanking
 from towers.ranking import Ranking
 from towers.retrieval import Retrieval
 from towers.sequence import Mean, SelfAttention, TargetAttention
+
+
+def _at_least(minimum: float, **values: float) -> None:
+    """Raise one ValueError with a line for every value below `minimum` (NaN included)."""
+    wrong = {name: value for name, value in values.items() if not value >= minimum}
+    if wrong:
+        raise ValueError(
+            "\n".join(f"{name} must be at least {minimum}, found {found}" for name, found in wrong.items())
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +54,12 @@ class Data:
     not_eligible: tuple[str, ...] = ()  # histories whose items are never recommended again
 
     def __post_init__(self) -> None:
+        _at_least(1, requests_per_batch=self.requests_per_batch, shards=self.shards, epochs=self.epochs)
         if self.requests_per_batch % self.shards:
             raise ValueError(f"requests_per_batch {self.requests_per_batch} is not a multiple of shards {self.shards}")
-        if self.epochs < 0:
-            raise ValueError(f"epochs is {self.epochs}; expected 0 or more")
+        for stage, quota in self.candidates.items():
+            if quota != "all" and quota < 0:
+                raise ValueError(f"candidates: {stage} must be 'all' or at least 0, found {quota}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +69,9 @@ class Task:
     label: str
     at_least: float = 1.0
     kind: Literal["binary", "ratio"] = "binary"  # ratio: the label itself, clipped to [0, 1]
+
+    def __post_init__(self) -> None:
+        _at_least(-math.inf, at_least=self.at_least)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +83,10 @@ class Table:
     sharding: Literal["auto", "table_wise", "row_wise"] = "auto"
     init: float = 0.05  # rows start uniform in [-init, init]
 
+    def __post_init__(self) -> None:
+        _at_least(1, dim=self.dim, **({} if self.rows == "auto" else {"rows": self.rows}))
+        _at_least(0, init=self.init)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
@@ -78,6 +97,11 @@ class Encoder:
     events: tuple[str, ...] = ()  # event features, projected and added to the item's
     length: int = 50  # newest events read
     by: Mean | SelfAttention | TargetAttention
+
+    def __post_init__(self) -> None:
+        _at_least(1, length=self.length)
+        if not self.features:
+            raise ValueError("features names no item feature; expected at least one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +120,9 @@ class TableOptimizer:
     kind: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
     lr: float = 0.1
 
+    def __post_init__(self) -> None:
+        _at_least(0, lr=self.lr)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DenseOptimizer:
@@ -104,6 +131,9 @@ class DenseOptimizer:
     kind: Literal["adam", "adamw"] = "adam"
     lr: float = 1e-3
     weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _at_least(0, lr=self.lr, weight_decay=self.weight_decay)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,15 +144,22 @@ class Optimizer:
     dense: DenseOptimizer = DenseOptimizer()
     warmup_steps: int = 0
 
+    def __post_init__(self) -> None:
+        _at_least(0, warmup_steps=self.warmup_steps)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """How often a run speaks, saves and looks at its validation part (0: never)."""
+    """How often a run speaks and saves, in steps, and looks at its validation part, in epochs (0: never)."""
 
     log_every: int = 10
     checkpoint_every: int = 100
     keep: int = 2
     evaluate_every_epochs: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least(1, log_every=self.log_every, checkpoint_every=self.checkpoint_every, keep=self.keep)
+        _at_least(0, evaluate_every_epochs=self.evaluate_every_epochs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +174,10 @@ class Evaluation:
     whole_catalogue: tuple[Head, ...] = ()  # heads besides retrieval that also score every item for every request
     candidates_per_batch: int = 65_536  # rows scored at once where heads score the whole catalogue
     baselines: bool = False  # popularity, item-kNN, EASE and smoothed means beside the heads, on the same split
+
+    def __post_init__(self) -> None:
+        _at_least(1, candidates_per_batch=self.candidates_per_batch)
+        _at_least(1, **{f"k: {k}": k for k in self.k}, **{f"quotas.{head}": n for head, n in self.quotas.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +248,10 @@ def _mistakes(config: Config) -> Iterator[Mistake]:
         yield "data.candidates.random", "expected a number of draws, found 'all'"
     if config.evaluation.valid in config.data.train and config.train.evaluate_every_epochs:
         part = config.evaluation.valid
-        yield "train.evaluate_every_epochs", f"{part} is trained on, so it validates nothing; set 0 or change data.train"
+        yield (
+            "train.evaluate_every_epochs",
+            f"{part} is trained on, so it validates nothing; set 0 or change data.train",
+        )
     for name, head in heads.items():
         yield from _unknown(f"heads.{name}.fusion", list(head.fusion), list(config.tasks), "task")
     for name, objective in config.objectives.items():
@@ -252,6 +296,11 @@ def _misfits(config: Config, schema: Schema) -> Iterator[Mistake]:
     yield from _unknown("data.not_eligible", config.data.not_eligible, histories, "history")
     for name, task in config.tasks.items():
         yield from _unknown(f"tasks.{name}.label", [task.label], schema.labels, "label")
+    for field_, part in (("valid", config.evaluation.valid), ("test", config.evaluation.test)):
+        if not schema.requests(part) and (field_ == "test" or config.train.evaluate_every_epochs):
+            yield f"evaluation.{field_}", f"the dataset has no request in its {part} part"
+    if not sum(schema.requests(part) for part in config.data.train):
+        yield "data.train", f"the dataset has no request in {' or '.join(config.data.train)}"
     used: dict[str, Feature] = {}
     for name, encoder in config.encoders.items():
         path = f"encoders.{name}"
@@ -265,6 +314,7 @@ def _misfits(config: Config, schema: Schema) -> Iterator[Mistake]:
         known = [f.name for f in schema.features if f.level != "event"] + list(config.encoders)
         yield from _unknown(f"heads.{name}.features", head.features, known, "feature or encoder")
         used |= {f: features[f] for f in head.features if f in features}
+        yield from _sides(f"heads.{name}.features", config, head.features, features)
         crossed = [e for e in head.features if e in config.encoders and _sees_candidate(config.encoders[e])]
         if crossed and name != "ranking":
             yield (
@@ -279,6 +329,16 @@ def _misfits(config: Config, schema: Schema) -> Iterator[Mistake]:
             f"tables.{space}",
             f"the dataset has no id space {space!r}{settings.near_miss(space, list(spaces))}",
         )
+
+
+def _sides(path: str, config: Config, names: Sequence[str], features: Mapping[str, Feature]) -> Iterator[Mistake]:
+    """A head needs something of the request and something of the item."""
+    encoders = [config.encoders[name] for name in names if name in config.encoders]
+    levels = {features[name].level for name in names if name in features}
+    if "request" not in levels and all(_sees_candidate(encoder) for encoder in encoders):
+        yield path, "names nothing of the request; expected a request feature or an encoder of a history"
+    if "item" not in levels:
+        yield path, "names nothing of the item; expected an item feature"
 
 
 def _sees_candidate(encoder: Encoder) -> bool:

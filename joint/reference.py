@@ -40,11 +40,10 @@ def baseline_metrics(config: Config, dataset: Dataset, split: str) -> dict[str, 
     taken = not_eligible(requests, config)
     eligible = torch.ones(len(requests), dataset.schema.items, dtype=torch.bool)
     eligible[torch.from_numpy(taken.rows), torch.from_numpy(taken.values)] = False
-    cuts = sorted({*config.evaluation.k, *config.evaluation.quotas.values()})
     found: dict[str, float] = {}
     for name, matrix in scores.items():
         ranks = corpus_ranks(matrix, row[wanted], target[wanted], mask=eligible)
-        found |= {f"baselines/{name}/recall@{k}": metrics.recall_of_ranks(ranks, k).value for k in cuts}
+        found |= {f"baselines/{name}/recall@{k}": metrics.recall_of_ranks(ranks, k).value for k in config.evaluation.k}
     means = baselines.smoothed_means(user, item, label, smoothing=SMOOTHING)
     shown = torch.tensor(requests.scalars(USER))[row]
     return found | {f"baselines/means/auc/{task}": metrics.auc(means.score(shown, target), wanted.long()).value}

@@ -22,11 +22,13 @@ def opening(plan: Plan, dataset: Dataset, model: DistributedModelParallel, progr
     table_bytes = sum(table.rows * table.dim * 4 for table in plan.tables)
     dense = sum(p.numel() for name, p in model.named_parameters() if "embeddings." not in name)
     begin = f"resuming after step {progress.step}" if progress.step else "starting"
-    return (
-        f"{config.run.name}: {requests:,} requests x {config.data.epochs} epochs of {dataset.directory} "
-        f"({schema.items:,} items), {total} steps of {config.data.requests_per_batch} requests on {world_size()} rank(s)\n"
-        f"heads {', '.join(heads_of(config))}; {len(plan.tables)} tables of {rows:,} rows ({table_bytes / 2**20:.1f} MiB), "
-        f"{dense:,} dense parameters; {begin}"
+    return "\n".join(
+        [
+            f"{config.run.name}: {dataset.directory}, {schema.items:,} items; {requests:,} requests x "
+            f"{config.data.epochs} epochs, {total} steps of {config.data.requests_per_batch} on {world_size()} rank(s)",
+            f"heads {', '.join(heads_of(config))}; {len(plan.tables)} tables of {rows:,} rows "
+            f"({table_bytes / 2**20:.1f} MiB), {dense:,} dense parameters; {begin}",
+        ]
     )
 
 
@@ -41,27 +43,24 @@ def highlights(config: Config, found: Mapping[str, float]) -> str:
 
 
 def table(config: Config, found: Mapping[str, float]) -> str:
-    """Heads and baselines by recall, AUC and reverse rate; then the funnel, stage by stage."""
-    cuts = sorted({*config.evaluation.k, *list(config.evaluation.quotas.values())[-1:]})
-    header = ["", *(f"recall@{k}" for k in cuts), *(f"AUC {task}" for task in config.tasks), "reverse rate"]
-    rows = [header]
-    for head in heads_of(config):
-        recalls = [found.get(f"{head}/recall@{k}") for k in cuts]
-        aucs = [found.get(f"{head}/auc/{task}") for task in config.tasks]
-        reverse = {
-            "pre_ranking": "alignment/reverse_rate",
-            "retrieval": "alignment/retrieval_reverse_rate",
-        }.get(head)
-        rows.append([head, *map(_cell, [*recalls, *aucs, found.get(f"{reverse}/fused")])])
+    """Heads, funnel and baselines by recall, AUC and reverse rate; then the funnel, stage by stage."""
+    baselines = dict.fromkeys("/".join(name.split("/")[:2]) for name in found if name.startswith("baselines/"))
+    columns = [f"recall@{k}" for k in config.evaluation.k] + [f"auc/{task}" for task in config.tasks] + ["reverse_rate/fused"]
+    aliases = {
+        "retrieval/reverse_rate/fused": "alignment/retrieval_reverse_rate/fused",
+        "pre_ranking/reverse_rate/fused": "alignment/reverse_rate/fused",
+    }
     if config.evaluation.quotas:
         last, quota = list(config.evaluation.quotas.items())[-1]
-        end = found.get(f"funnel/{last}/recall@{quota}")
-        rows.append(["funnel", *(_cell(end if k == quota else None) for k in cuts), *[""] * (len(config.tasks) + 1)])
-    for name in dict.fromkeys(key.split("/")[1] for key in found if key.startswith("baselines/")):
-        recalls = [found.get(f"baselines/{name}/recall@{k}") for k in cuts]
-        aucs = [found.get(f"baselines/{name}/auc/{task}") for task in config.tasks]
-        rows.append([name, *map(_cell, [*recalls, *aucs, None])])
-    return "\n".join([*_aligned(rows), *_funnel_lines(config, found)])
+        aliases[f"funnel/recall@{quota}"] = f"funnel/{last}/recall@{quota}"
+    cells = {
+        row: [found.get(aliases.get(f"{row}/{column}", f"{row}/{column}"), math.nan) for column in columns]
+        for row in [*heads_of(config), "funnel", *baselines]
+    }
+    known = [i for i in range(len(columns)) if any(not math.isnan(values[i]) for values in cells.values())]
+    lines = [["", *(columns[i] for i in known)]]
+    lines += [[row.removeprefix("baselines/"), *(_cell(values[i]) for i in known)] for row, values in cells.items()]
+    return "\n".join([*_aligned(lines), *_funnel_lines(config, found)])
 
 
 def _funnel_lines(config: Config, found: Mapping[str, float]) -> list[str]:
@@ -72,8 +71,8 @@ def _funnel_lines(config: Config, found: Mapping[str, float]) -> list[str]:
     return ["", f"share of the {config.evaluation.task} positives left: " + " -> ".join(known)] if known else []
 
 
-def _cell(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.4f}"
+def _cell(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4f}"
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:

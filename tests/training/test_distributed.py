@@ -29,7 +29,7 @@ EQUAL = [
     "heads.retrieval.trunk.dropout=0",
     "encoders.rated_sequence.by.dropout=0",
     "run.seed=5",
-    # A ReLU that is open for every item leaves its bias a gradient of 0 but for rounding, which Adam makes full steps of.
+    # Open for every item, a ReLU leaves its bias no gradient but rounding, along which Adam takes full steps.
     "heads.retrieval.item_hidden=[]",
     # A first update of row-wise Adagrad is its rate, however small the gradient: it blows rounding up to 1e-4 at 0.1.
     "optimizer={tables: {lr: 0.01}, dense: {lr: 0.001}}",
