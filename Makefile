@@ -39,6 +39,7 @@ fast-test: install
 benchmarks: install
 	$(BIN)/python -m benchmarks.losses
 	$(BIN)/python -m benchmarks.metrics
+	$(BIN)/python -m benchmarks.attention
 
 clean:
 	rm -rf .venv data runs

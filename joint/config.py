@@ -40,6 +40,10 @@ class Run:
     dir: str = "runs"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not self.name or Path(self.name).name != self.name:
+            raise ValueError(f"name must be one plain folder name, found {self.name!r}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
@@ -177,6 +181,8 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         _at_least(1, candidates_per_batch=self.candidates_per_batch)
+        if not self.k:
+            raise ValueError("k is empty; expected at least one cut, such as [20, 100]")
         _at_least(1, **{f"k: {k}": k for k in self.k}, **{f"quotas.{head}": n for head, n in self.quotas.items()})
 
 
@@ -239,6 +245,10 @@ def _mistakes(config: Config) -> Iterator[Mistake]:
     heads = heads_of(config)
     if not heads:
         yield "heads", "no head; expected at least one of retrieval, pre_ranking, ranking"
+    if not config.objectives:
+        yield "objectives", "none; expected at least one"
+    if config.evaluation.quotas and next(iter(config.evaluation.quotas)) != "retrieval":
+        yield "evaluation.quotas", "the funnel begins with retrieval; expected its quota first"
     stages = [*STAGES]
     yield from _unknown("data.candidates", list(config.data.candidates), stages, "stage")
     yield from _unknown("evaluation.task", [config.evaluation.task], list(config.tasks), "task")
@@ -260,6 +270,8 @@ def _mistakes(config: Config) -> Iterator[Mistake]:
 
 def _objective_mistakes(config: Config, path: str, objective: Objective) -> Iterator[Mistake]:
     yield from _unknown(f"{path}.tasks", objective.tasks, list(config.tasks), "task")
+    if len(set(objective.tasks)) < len(objective.tasks):
+        yield f"{path}.tasks", f"names a task twice: {', '.join(objective.tasks)}"
     heads = list(heads_of(config))
     yield from _unknown(f"{path}.head", [objective.head], heads, "head")
     tokens = {token for spaces in spaces_of(objective).values() for token in spaces} | set(objective.space)
@@ -277,10 +289,11 @@ def _objective_mistakes(config: Config, path: str, objective: Objective) -> Iter
         yield from _unknown(f"{path}.teacher", [objective.teacher], heads, "head")
         if objective.teacher == objective.head:
             yield f"{path}.teacher", "a head cannot teach itself"
+    sampled = [STAGES[name] for name, quota in config.data.candidates.items() if name in STAGES and quota]
     for token in sorted(tokens - set(POOL_TOKENS)):
         drawn = "exposed" if token in ("positive", "exposed_neg") else token
         flags = STAGES.get(drawn)
-        if flags is not None and not any(STAGES[name] & flags for name in config.data.candidates if name in STAGES):
+        if flags is not None and not any(stage & flags for stage in sampled):
             yield f"{path}.space", f"{token} holds nothing: data.candidates draws no {drawn}"
 
 
@@ -309,6 +322,9 @@ def _misfits(config: Config, schema: Schema) -> Iterator[Mistake]:
         yield from _unknown(f"{path}.events", encoder.events, events, f"event of {encoder.history}")
         items = [f.name for f in schema.features if f.level == "item"]
         yield from _unknown(f"{path}.features", encoder.features, items, "item feature")
+        width = sum(_width(config, features[f]) for f in encoder.features if f in features)
+        if isinstance(encoder.by, SelfAttention) and width % encoder.by.heads:
+            yield f"{path}.by.heads", f"{encoder.by.heads} heads do not divide the history's width {width}"
         used |= {f: features[f] for f in (*encoder.features, *encoder.events) if f in features}
     for name, head in heads_of(config).items():
         known = [f.name for f in schema.features if f.level != "event"] + list(config.encoders)
@@ -339,6 +355,10 @@ def _sides(path: str, config: Config, names: Sequence[str], features: Mapping[st
         yield path, "names nothing of the request; expected a request feature or an encoder of a history"
     if "item" not in levels:
         yield path, "names nothing of the item; expected an item feature"
+
+
+def _width(config: Config, feature: Feature) -> int:
+    return config.tables[feature.space].dim if feature.space in config.tables else 1
 
 
 def _sees_candidate(encoder: Encoder) -> bool:

@@ -6,7 +6,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from itertools import compress
 from pathlib import Path
@@ -47,18 +47,21 @@ class Reporter:
         *,
         requests: int,
         candidates: int,
+        unknown: int,
         seconds: float,
         waited: float,
     ) -> None:
-        """Take note of a step of this rank, which took `seconds` and of them `waited` for data."""
+        """Take note of a step of this rank: what it held, its seconds, and how many of them it waited for data."""
         self._losses.append({name: value.detach() for name, value in losses.items()})
         self._requests += requests
         self._candidates += candidates
+        self._unknown += unknown
         self._seconds += seconds
         self._waited += waited
 
-    def interval(self, step: int, *, requests: int, candidates: int, rates: Mapping[str, float]) -> None:
-        """Say how the steps since the last interval went; counts are of all ranks."""
+    def interval(self, step: int, counts: Sequence[int], rates: Mapping[str, float]) -> None:
+        """Say how the steps since the last interval went; `counts` are those of all ranks, summed."""
+        requests, candidates, unknown = counts
         elapsed = self._seconds
         losses = {n: float(torch.stack([entry[n] for entry in self._losses]).mean()) for n in self._losses[0]}
         numbers = {f"loss/{name}": value for name, value in losses.items()}
@@ -67,6 +70,7 @@ class Reporter:
         numbers["speed/candidates_per_second"] = candidates / elapsed
         numbers["speed/data_wait_fraction"] = self._waited / elapsed
         numbers["memory/peak_gib"] = peak_gib()
+        numbers["data/unknown_ids"] = float(unknown)
         self.numbers(step, numbers)
         done = (step - self.first_step) / max(self.total_steps - self.first_step, 1)
         left = (time.perf_counter() - self.started) * (1 / done - 1)
@@ -75,6 +79,7 @@ class Reporter:
             + "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
             + f"  | {requests / elapsed:,.0f} requests/s, {candidates / elapsed:,.0f} candidates/s, "
             f"waiting {self._waited / elapsed:.0%}, {peak_gib():.1f} GiB, {timedelta(seconds=round(left))} left"
+            + (f"  | {unknown:,} ids outside their table" if unknown else "")
         )
         self._start_interval()
 
@@ -89,9 +94,9 @@ class Reporter:
             self.board.add_scalar(name, value, step)
         self.board.flush()
 
-    def counts(self) -> tuple[int, int]:
-        """Requests and candidates of this rank since the last interval."""
-        return self._requests, self._candidates
+    def counts(self) -> tuple[int, int, int]:
+        """Requests, candidates and unknown ids of this rank since the last interval."""
+        return self._requests, self._candidates, self._unknown
 
     def close(self) -> None:
         """Close the files."""
@@ -102,7 +107,7 @@ class Reporter:
 
     def _start_interval(self) -> None:
         self._losses: list[dict[str, Any]] = []
-        self._requests = self._candidates = 0
+        self._requests = self._candidates = self._unknown = 0
         self._seconds = self._waited = 0.0
 
 

@@ -107,11 +107,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def _check_same(run: RunDirectory, config: Config, schema: Schema) -> None:
     before, _ = run.load_config()
-    # A run directory may be moved.
-    differing = settings.differences(
-        replace(before, run=Run(name="", seed=before.run.seed)),
-        replace(config, run=Run(name="", seed=config.run.seed)),
-    )
+    differing = settings.differences(_without_places(before), _without_places(config))
     if differing:
         raise CheckpointError(
             f"{run.path}: made by another config; choose another run.name. Differing: {'; '.join(differing)}"
@@ -119,6 +115,11 @@ def _check_same(run: RunDirectory, config: Config, schema: Schema) -> None:
     found = json.loads(run.environment.read_text())["dataset"]
     if found != schema.hash:
         raise CheckpointError(f"{run.path}: made from a dataset of hash {found}, this one's is {schema.hash}")
+
+
+def _without_places(config: Config) -> Config:
+    """Run directories and datasets may be moved; the dataset's hash says whether it is the same."""
+    return replace(config, run=Run(name="anywhere", seed=config.run.seed), data=replace(config.data, path=""))
 
 
 def _environment(schema: Schema) -> dict[str, object]:

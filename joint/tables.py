@@ -45,7 +45,9 @@ def highlights(config: Config, found: Mapping[str, float]) -> str:
 def table(config: Config, found: Mapping[str, float]) -> str:
     """Heads, funnel and baselines by recall, AUC and reverse rate; then the funnel, stage by stage."""
     baselines = dict.fromkeys("/".join(name.split("/")[:2]) for name in found if name.startswith("baselines/"))
-    columns = [f"recall@{k}" for k in config.evaluation.k] + [f"auc/{task}" for task in config.tasks] + ["reverse_rate/fused"]
+    columns = (
+        [f"recall@{k}" for k in config.evaluation.k] + [f"auc/{task}" for task in config.tasks] + ["reverse_rate/fused"]
+    )
     aliases = {
         "retrieval/reverse_rate/fused": "alignment/retrieval_reverse_rate/fused",
         "pre_ranking/reverse_rate/fused": "alignment/reverse_rate/fused",

@@ -51,7 +51,7 @@ def train(config: Config, dataset: Dataset) -> None:
         reporter = Reporter(run, total_steps=total, resumed_from=progress.step)
         reporter.say(opening(plan, dataset, model, progress, total))
         pipeline = build_pipeline(model, optimizer, device)
-        batches = Timed(loader.from_position(progress.position))
+        batches = Timed(loader.from_position(progress.position, pinned=device.type == "cuda"))
         model.train()
         stopping = False
         while progress.step < total and not stopping:
@@ -66,13 +66,14 @@ def train(config: Config, dataset: Dataset) -> None:
                 output.losses,
                 requests=batch.requests,
                 candidates=len(batch.item),
+                unknown=batch.unknown,
                 seconds=time.perf_counter() - began,
                 waited=batches.waited(),
             )
             progress = Progress(progress.step + 1, batch.position)
             if progress.step % config.train.log_every == 0 or progress.step == total:
-                requests, candidates = sum_over_ranks(torch.tensor(reporter.counts(), device=device)).tolist()
-                reporter.interval(progress.step, requests=requests, candidates=candidates, rates=rates)
+                counts = sum_over_ranks(torch.tensor(reporter.counts(), device=device))
+                reporter.interval(progress.step, counts.tolist(), rates)
             if ends_epoch(progress.position, config.train.evaluate_every_epochs):
                 pipeline.detach()
                 found = evaluate(model, assembler, device, config.evaluation.valid, full=False)

@@ -4,6 +4,7 @@ A history is `[R, L, D]` with `lengths [R]`: request r has its events, oldest fi
 places, then padding, whose content never matters. A length above L is read as L. No events give zeros.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -15,8 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from towers.mlp import Mlp, check_layers
 
-# Attention over candidates runs in blocks of so many numbers per intermediate tensor (64 MiB in float32).
-BLOCK_ELEMENTS = 2**24
+# Attention over candidates runs in blocks of so many numbers per intermediate tensor: what a core's cache holds
+# (2 MiB in float32), or what keeps a GPU busy.
+BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
+# Where one layer of all blocks has more numbers than this (256 MiB), backward recomputes the blocks instead of
+# keeping them, for about a fifth more time.
+SAVED_ELEMENTS = 2**26
 
 
 def _age(lengths: Tensor, places: int) -> Tensor:
@@ -165,9 +170,10 @@ class SelfAttentionEncoder(nn.Module):
 class TargetAttentionEncoder(nn.Module):
     """`Σ_j a([e_j; t; e_j - t; e_j ⊙ t]) e_j` over the history of the candidate's request.
 
-    The first layer of `a` is factored, which is exact. Of `W_e e + W_t t + W_d (e - t) + W_p (e ⊙ t) + b`,
-    `(W_e + W_d) e + b` is computed once per event, `(W_t - W_d) t` once per candidate, and per pair only
-    `W_p (e ⊙ t)`. Backward recomputes blocks of candidates, so memory does not grow with N·L.
+    The first layer of `a`, `W_e e + W_t t + W_d (e - t) + W_p (e ⊙ t) + b`, is linear in the event for a given
+    candidate, `(W_e + W_d + W_p diag(t)) e + (W_t - W_d) t + b`, and likewise in the candidate for a given event.
+    So all pairs of a request are one matrix product, in which each vector of the shorter side acts as a layer on
+    the longer side. No `[N, L, D]` is built.
     """
 
     def __init__(self, config: TargetAttention, *, dim: int) -> None:
@@ -175,34 +181,94 @@ class TargetAttentionEncoder(nn.Module):
         self.softmax = config.softmax
         self.first = nn.Linear(4 * dim, config.hidden[0])
         self.rest = nn.Sequential(nn.ReLU(), Mlp(config.hidden[0], config.hidden[1:]), nn.Linear(config.hidden[-1], 1))
-        self.widest = max(dim, *config.hidden)
+        self.widest = max(config.hidden)
         self.out_dim = dim
 
     def forward(self, history: Tensor, lengths: Tensor, target: Tensor, row: Tensor) -> Tensor:
-        """`[N, D]` of `history [R, L, D]`, `lengths [R]`, `target [N, D]` and its request `row [N]`."""
+        """`[N, D]` of `history [R, L, D]`, `lengths [R]`, `target [N, D]` and its request `row [N]`.
+
+        Candidates may come in any order; it is fast where those of a request follow one another.
+        """
         valid = _age(lengths, history.shape[1]) >= 0
         history = history.masked_fill(~valid.unsqueeze(2), 0.0)
-        event, _, difference, _ = self.first.weight.chunk(4, dim=1)
-        per_event = functional.linear(history, event + difference, self.first.bias)
-        shared = (history, per_event, valid)
-        block = max(1, BLOCK_ELEMENTS // (self.widest * history.shape[1]))
-        # An exported graph has no loop over a dynamic N.
-        if torch.compiler.is_exporting() or target.shape[0] <= block:
-            return self._attend(target, row, *shared)
-        recomputed = partial(checkpoint, self._attend, use_reentrant=False, preserve_rng_state=False)
-        blocks = zip(target.split(block), row.split(block), strict=True)
-        return torch.cat([recomputed(*pair, *shared) for pair in blocks])
+        event, candidate, difference, product = self.first.weight.chunk(4, dim=1)
+        weights = (event + difference, candidate - difference, product)
+        # An exported graph has no loop over a dynamic N: there each candidate is a request of its own.
+        if torch.compiler.is_exporting() or target.shape[0] == 0:
+            return self._attend(target.unsqueeze(1), history[row], valid[row], *weights).squeeze(1)
+        return self._in_blocks(target, row, history, valid, *weights)
 
-    def _attend(self, target: Tensor, row: Tensor, history: Tensor, per_event: Tensor, valid: Tensor) -> Tensor:
-        """`[n, D]`: the attention of n candidates."""
-        _, candidate, difference, product = self.first.weight.chunk(4, dim=1)
-        events, valid = history[row], valid[row]
-        per_candidate = functional.linear(target, candidate - difference)
-        per_pair = functional.linear(events * target.unsqueeze(1), product)
-        scores = self.rest(per_event[row] + per_candidate.unsqueeze(1) + per_pair).squeeze(2)
+    def _in_blocks(self, target: Tensor, row: Tensor, history: Tensor, valid: Tensor, *weights: Tensor) -> Tensor:
+        """`[N, D]`: blocks of requests padded to their most candidates; one with too many goes in parts."""
+        per_candidate = self.widest * max(history.shape[1], target.shape[1])
+        most = max(1, BLOCK_ELEMENTS[target.device.type] // per_candidate)
+        attend: Callable[..., Tensor] = self._attend
+        if target.shape[0] * per_candidate > SAVED_ELEMENTS:
+            attend = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
+        request, place, blocks = _layout(row, most)
+        sizes = [requests for requests, _ in blocks]
+        areas = [requests * width for requests, width in blocks]
+        padded = target.new_zeros(sum(areas), target.shape[1]).index_copy(0, place, target).split(areas)
+        histories, valids = (x.index_select(0, request).split(sizes) for x in (history, valid))
+        out = []
+        for block, candidates, *events in zip(blocks, padded, histories, valids, strict=True):
+            parts = candidates.unflatten(0, block).split(most, dim=1)
+            attended = [attend(part, *events, *weights) for part in parts]
+            out.append(torch.cat(attended, dim=1).flatten(0, 1))
+        return torch.cat(out).index_select(0, place)
+
+    def _attend(
+        self, target: Tensor, history: Tensor, valid: Tensor, event: Tensor, candidate: Tensor, product: Tensor
+    ) -> Tensor:
+        """`[R, K, D]`: attention of `target [R, K, D]`, K candidates a request."""
+        if target.shape[1] <= history.shape[1]:
+            scores = self._scores(target, history, candidate, event, product)
+        else:
+            scores = self._scores(history, target, event, candidate, product).mT
         if self.softmax:
-            scores = scores.masked_fill(~valid, torch.finfo(scores.dtype).min).softmax(dim=1)
-        return torch.bmm(scores.unsqueeze(1), events).squeeze(1)  # the events of padding are zeros
+            scores = scores.masked_fill(~valid.unsqueeze(1), torch.finfo(scores.dtype).min).softmax(dim=2)
+        return torch.bmm(scores, history)  # the events of padding are zeros
+
+    def _scores(self, short: Tensor, long: Tensor, on_short: Tensor, on_long: Tensor, product: Tensor) -> Tensor:
+        """`[R, A, B]`: `a` of all pairs of `short [R, A, D]` and `long [R, B, D]`."""
+        # Expanded first, backward sums over A and R in turn, many times faster on a CPU than over both at once.
+        on_long, product = (w.unsqueeze(1).expand(short.shape[0], -1, -1, -1) for w in (on_long, product))
+        layer = torch.addcmul(on_long, product, short.unsqueeze(1))  # [R, H, A, D]
+        bias = functional.linear(short, on_short, self.first.bias).mT  # [R, H, A]
+        x = torch.baddbmm(bias.flatten(1).unsqueeze(2), layer.flatten(1, 2), long.mT).relu_()
+        x = x.unflatten(1, bias.shape[1:]).flatten(2)  # [R, H, A·B]: the other layers see H as channels
+        for step in self.rest[1:].modules():
+            if isinstance(step, nn.Linear):
+                x = torch.baddbmm(step.bias.unsqueeze(1), step.weight.expand(x.shape[0], -1, -1), x)
+            elif isinstance(step, nn.ReLU):
+                x = step(x)
+        return x.squeeze(1).unflatten(1, (short.shape[1], long.shape[1]))
+
+
+def _layout(row: Tensor, most: int) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+    """Runs of candidates of one request, the longest first, in blocks padded to their longest run.
+
+    Gives the runs' requests, each candidate's place `[N]` among the padded ones of all blocks, and the blocks.
+    """
+    request, counts = row.unique_consecutive(return_counts=True)
+    descending, order = counts.sort(descending=True, stable=True)
+    blocks = _blocks(descending.tolist(), most)
+    sizes, widths = torch.tensor(blocks, device=row.device).unbind(1)
+    width = widths.repeat_interleave(sizes)
+    start = (width.cumsum(0) - width)[order.argsort()]
+    shift = start - (counts.cumsum(0) - counts)
+    place = torch.arange(row.shape[0], device=row.device) + shift.repeat_interleave(counts)
+    return request[order], place, blocks
+
+
+def _blocks(counts: list[int], most: int) -> list[tuple[int, int]]:
+    """(runs, longest run) of each block: at most `most` padded candidates, or one run. `counts` descend."""
+    blocks, start = [], 0
+    while start < len(counts):
+        runs = min(max(1, most // counts[start]), len(counts) - start)
+        blocks.append((runs, counts[start]))
+        start += runs
+    return blocks
 
 
 def build_encoder(config: Encoder, *, dim: int) -> MeanEncoder | SelfAttentionEncoder | TargetAttentionEncoder:

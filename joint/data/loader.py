@@ -47,9 +47,13 @@ class Loader:
         """Steps of the whole run; the deal, and with it the number, differs a little from epoch to epoch."""
         return sum(self._order(epoch, day).batches for epoch in range(self.data.epochs) for day in self.days)
 
-    def from_position(self, start: Position) -> Iterator[Batch]:
-        """Batches from `start` to the end of the last epoch, prepared one ahead in a thread."""
-        return prefetch(self._batches(start), depth=2)
+    def from_position(self, start: Position, *, pinned: bool = False) -> Iterator[Batch]:
+        """Batches from `start` to the end of the last epoch, prepared two ahead in a thread.
+
+        `pinned` puts them in page-locked memory, from which a copy to the GPU overlaps with compute.
+        """
+        batches = self._batches(start)
+        return prefetch((batch.pin_memory() for batch in batches) if pinned else batches, depth=2)
 
     def _order(self, epoch: int, day: str) -> DayOrder:
         return DayOrder(

@@ -47,7 +47,7 @@ objectives:
   distill: {{head: pre_ranking, loss: distillation, space: [exposed, ranked], teacher: ranking}}
   negatives: {{head: pre_ranking, loss: adaptive_contrastive, space: [coarse_neg, random], tasks: [click]}}
   retrieve: {{head: retrieval, loss: multi_class, space: [corpus]}}
-evaluation: {{task: click}}
+evaluation: {{task: click, test: valid}}
 """
 KINDS = [
     Stage.COARSE_NEG,

@@ -255,7 +255,7 @@ def test_world_size_must_divide_the_shards(assembler: MakeAssembler) -> None:
 
 
 def test_training_on_a_split_without_requests(assembler: MakeAssembler) -> None:
-    with pytest.raises(DataError, match="no request in split test"):
+    with pytest.raises(ConfigError, match="no request in test"):
         Loader(assembler("data.train=[test]"), rank=0, world_size=1)
 
 

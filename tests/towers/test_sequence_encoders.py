@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from towers import sequence
 from towers.sequence import Encoder, Mean, SelfAttention, TargetAttention, build_encoder, to_padded
@@ -227,34 +229,110 @@ def test_target_attention_is_an_mlp_on_the_concatenation(normalised: bool, hidde
         np.testing.assert_allclose(out[n], weights @ e, rtol=1e-8, atol=1e-12)
 
 
+def ragged(places: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Six requests of 0, 3, 1, 17, 0 and 2 candidates."""
+    torch.manual_seed(2)
+    row = torch.arange(6).repeat_interleave(torch.tensor([0, 3, 1, 17, 0, 2]))
+    history, target = torch.randn(6, places, DIM).double(), torch.randn(len(row), DIM).double()
+    return history.requires_grad_(), torch.tensor([2, 5, 0, 4, 1, 3]), target.requires_grad_(), row
+
+
+def with_gradients(encoder: Any, out: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return out.detach(), *torch.autograd.grad(out.square().sum(), [*inputs, *encoder.parameters()])
+
+
+def din(encoder: Any, history: Tensor, lengths: Tensor, target: Tensor, row: Tensor) -> Tensor:
+    """Candidate by candidate on the concatenation."""
+    out = []
+    for t, r in zip(target, row.tolist(), strict=True):
+        e = history[r, : lengths[r]]
+        scores = encoder.rest(encoder.first(torch.cat([e, t.expand_as(e), e - t, e * t], dim=1))).squeeze(1)
+        out.append((scores.softmax(0) if encoder.softmax else scores) @ e)
+    return torch.stack(out)
+
+
 @pytest.mark.parametrize("normalised", [False, True])
-def test_target_attention_in_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch, normalised: bool) -> None:
-    encoder = make(TargetAttention(hidden=(6,), softmax=normalised))
-    results = []
-    for elements in (2**24, 2 * 6 * 5):  # all at once; two candidates of 5 places x 6 wide
-        monkeypatch.setattr(sequence, "BLOCK_ELEMENTS", elements)
-        encoder.zero_grad(set_to_none=True)
-        history, target = (x.requires_grad_() for x in inputs())
-        out = encoder(history, LENGTHS, target[:5], ROW[:5])
-        out.square().sum().backward()
-        results.append([out, history.grad, target.grad, *(p.grad for p in encoder.parameters())])
-    for whole, blocked in zip(*results, strict=True):
-        torch.testing.assert_close(whole, blocked)
+@pytest.mark.parametrize("hidden", [(6,), (6, 5)])
+@pytest.mark.parametrize("candidates", [1, 4, 10**4])
+@pytest.mark.parametrize("saved", [0, 2**26])
+def test_target_attention_of_ragged_candidates_in_blocks(
+    monkeypatch: pytest.MonkeyPatch, normalised: bool, hidden: tuple[int, ...], candidates: int, saved: int
+) -> None:
+    monkeypatch.setitem(sequence.BLOCK_ELEMENTS, "cpu", candidates * 6 * 5)
+    monkeypatch.setattr(sequence, "SAVED_ELEMENTS", saved)
+    encoder = make(TargetAttention(hidden=hidden, softmax=normalised))
+    history, lengths, target, row = ragged()
+    expected = with_gradients(encoder, din(encoder, history, lengths, target, row), history, target)
+    got = with_gradients(encoder, encoder(history, lengths, target, row), history, target)
+    for ours, plain in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_target_attention_with_fewer_or_more_events_than_candidates(normalised: bool) -> None:
+    encoder = make(TargetAttention(hidden=(6, 5), softmax=normalised))
+    history, lengths, target, row = ragged(places=5)
+    fewer = with_gradients(encoder, encoder(history, lengths, target, row), history, target)
+    longer = torch.cat([history, torch.ones(6, 15, DIM)], dim=1)  # 20 places for up to 17 candidates
+    more = with_gradients(encoder, encoder(longer, lengths, target, row), history, target)
+    for a, b in zip(fewer, more, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_target_attention_takes_candidates_in_any_order() -> None:
+    encoder = make(TargetAttention())
+    history, lengths, target, row = ragged()
+    shuffled = torch.randperm(len(row))
+    out = encoder(history, lengths, target[shuffled], row[shuffled])
+    torch.testing.assert_close(out, encoder(history, lengths, target, row)[shuffled])
+
+
+def test_blocks_of_requests() -> None:
+    assert sequence._blocks([9, 4, 4, 3, 1, 1], 8) == [(1, 9), (2, 4), (2, 3), (1, 1)]
+    request, place, blocks = sequence._layout(torch.tensor([0, 2, 2, 2, 5, 5]), 6)
+    assert blocks == [(2, 3), (1, 1)]
+    assert request.tolist() == [2, 5, 0]
+    assert place.tolist() == [6, 0, 1, 2, 3, 4]
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any operation gave."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.numbers = max([self.numbers, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("places", [3, 8])
+def test_target_attention_builds_nothing_larger_than_a_block(monkeypatch: pytest.MonkeyPatch, places: int) -> None:
+    monkeypatch.setitem(sequence.BLOCK_ELEMENTS, "cpu", 200)  # the first layer of all pairs has 414 or more
+    with torch.no_grad(), Largest() as largest:
+        make(TargetAttention(hidden=(6,)))(*ragged(places))
+    assert largest.numbers <= 200
 
 
 def test_target_attention_memory_does_not_grow_with_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = make(TargetAttention(hidden=(6,)))
     history, target = inputs()
-    monkeypatch.setattr(sequence, "BLOCK_ELEMENTS", 2 * 6 * 5)
-    saved: dict[int, Tensor] = {}
+    monkeypatch.setitem(sequence.BLOCK_ELEMENTS, "cpu", 2 * 6 * 5)
 
-    def pack(x: Tensor) -> Tensor:
-        saved[x.untyped_storage().data_ptr()] = x
-        return x
+    def saved_by(limit: int) -> int:
+        monkeypatch.setattr(sequence, "SAVED_ELEMENTS", limit)
+        saved: dict[int, Tensor] = {}
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        encoder(history, LENGTHS, target.repeat(10, 1), ROW.repeat(10)).sum()
-    assert sum(x.numel() for x in saved.values()) < 60 * 5 * 6  # the first layer of all pairs
+        def pack(x: Tensor) -> Tensor:
+            saved[x.untyped_storage().data_ptr()] = x
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            encoder(history, LENGTHS, target.repeat_interleave(10, 0), ROW.repeat_interleave(10)).sum()
+        return sum(x.numel() for x in saved.values())
+
+    first_layer = 60 * 5 * 6
+    assert saved_by(first_layer - 1) < first_layer <= saved_by(first_layer)
 
 
 def test_target_attention_of_no_candidates() -> None:

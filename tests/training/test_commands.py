@@ -64,7 +64,7 @@ def test_one_process_needs_no_torchrun_and_evaluate_repeats_its_table(tiny_file,
 def test_torchrun_trains_on_two_ranks_and_one_of_them_speaks(tiny_file, tmp_path):
     code, out, err = finish(start(*TORCHRUN, "-m", "joint.train", str(tiny_file), "data.epochs=1"))
     assert code == 0, err
-    assert out.count("8 steps of 16 requests on 2 rank(s)") == 1
+    assert out.count("8 steps of 16 on 2 rank(s)") == 1
     assert out.count("step      8/8") == 1
     run = tmp_path / "runs" / "tiny"
     assert json.loads((run / "environment.json").read_text())["ranks"] == 2

@@ -20,7 +20,7 @@ def directory(tmp_path: Path) -> RunDirectory:
 
 
 def step(reporter: Reporter, loss: float, **more: float) -> None:
-    counts = {"requests": 4, "candidates": 20, "seconds": 2.0, "waited": 0.5} | more
+    counts = {"requests": 4, "candidates": 20, "unknown": 0, "seconds": 2.0, "waited": 0.5} | more
     reporter.step({"student": torch.tensor(loss), "total": torch.tensor(2 * loss)}, **counts)
 
 
@@ -36,11 +36,11 @@ def board_of(directory: RunDirectory, name: str) -> list[tuple[int, float]]:
 def test_an_interval_is_the_mean_of_its_steps_and_counts_only_their_time(directory, capsys):
     reporter = Reporter(directory, total_steps=10, resumed_from=0)
     step(reporter, 1.0)
-    step(reporter, 2.0, waited=1.5)
-    assert reporter.counts() == (8, 40)
-    reporter.interval(2, requests=16, candidates=80, rates={"dense": 0.1})  # of two ranks
+    step(reporter, 2.0, waited=1.5, unknown=3)
+    assert reporter.counts() == (8, 40, 3)
+    reporter.interval(2, (16, 80, 0), {"dense": 0.1})  # of two ranks
     step(reporter, 5.0)
-    reporter.interval(3, requests=4, candidates=20, rates={"dense": 0.1})
+    reporter.interval(3, (4, 20, 3), {"dense": 0.1})
     reporter.close()
     first, second = lines_of(directory)
     assert first["loss/student"] == 1.5
@@ -51,11 +51,14 @@ def test_an_interval_is_the_mean_of_its_steps_and_counts_only_their_time(directo
     assert first["optimizer/lr_dense"] == 0.1
     assert 0.05 < first["memory/peak_gib"] < 64
     assert second["loss/student"] == 5.0
+    assert first["data/unknown_ids"] == 0
+    assert second["data/unknown_ids"] == 3
     assert second["speed/data_wait_fraction"] == 0.25
     out = capsys.readouterr().out
     assert out == directory.log.read_text()
     shown = r"step +2/10  student 1\.5000  total 3\.0000  \| 4 requests/s, 20 candidates/s, waiting 50%, .* left"
     assert re.fullmatch(shown, out.splitlines()[0])
+    assert out.splitlines()[1].endswith("left  | 3 ids outside their table")
 
 
 def test_a_resumed_run_reports_nothing_twice(directory):
@@ -79,8 +82,8 @@ def test_other_ranks_are_silent(directory, monkeypatch, capsys):
     monkeypatch.setattr("joint.reporting.rank", lambda: 1)
     reporter = Reporter(directory, total_steps=10, resumed_from=0)
     step(reporter, 1.0)
-    assert reporter.counts() == (4, 20)
-    reporter.interval(1, requests=4, candidates=20, rates={})
+    assert reporter.counts() == (4, 20, 0)
+    reporter.interval(1, (4, 20, 0), {})
     reporter.close()
     assert capsys.readouterr().out == ""
     assert list(directory.path.iterdir()) == []

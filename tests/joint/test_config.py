@@ -1,0 +1,107 @@
+"""What a config may not say: each mistake is one line, all of them at once, before anything is started."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from joint.config import check_against, load_config
+from joint.errors import ConfigError
+from joint.run import _without_places
+from joint.settings import decode, differences, dump, read
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def check(config: Path, schema, *overrides: str) -> None:
+    loaded, tree = load_config(config, overrides)
+    check_against(loaded, tree, schema)
+
+
+def message(config: Path, schema, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check(config, schema, *overrides)
+    return str(caught.value)
+
+
+def test_the_config_of_the_readme_is_read_and_written_back(tmp_path):
+    config, _ = load_config(REPOSITORY / "configs" / "sdcl.yaml")
+    (tmp_path / "again.yaml").write_text(dump(config))
+    again = decode(read(tmp_path / "again.yaml"), type(config))
+    assert again == config
+
+
+@pytest.mark.parametrize(
+    ("override", "place", "what"),
+    [
+        ("heads.retrieval.temprature=2", "heads.retrieval.temprature", "did you mean temperature?"),
+        ("objectives.student.space=[exposd]", "objectives.student.space", "did you mean exposed?"),
+        ("objectives.student.tasks=[likes]", "objectives.student.tasks", "did you mean like?"),
+        ("objectives.student.tasks=[like,like]", "objectives.student.tasks", "names a task twice"),
+        ("objectives.student.space=[corpus]", "objectives.student.space", "corpus is not among them"),
+        ("objectives.retrieve.head=ranking", "objectives.retrieve", "trains the retrieval head over space [corpus]"),
+        ("objectives.distill.teacher=pre_ranking", "objectives.distill.teacher", "cannot teach itself"),
+        ("objectives.student.space=[coarse_neg]", "objectives.student.space", "data.candidates draws no coarse_neg"),
+        ("data.candidates.random=0", "objectives.teacher.space", "random holds nothing"),
+        ("data.candidates.random=all", "data.candidates.random", "expected a number of draws"),
+        ("data.candidates.random=-1", "data", "must be 'all' or at least 0, found -1"),
+        ("data.candidates.expsed=3", "data.candidates", "did you mean exposed?"),
+        ("data.shards=0", "data", "shards must be at least 1"),
+        ("data.shards=5", "data", "not a multiple of shards 5"),
+        ("data.epochs=0", "data", "epochs must be at least 1"),
+        ("train.log_every=0", "train", "log_every must be at least 1"),
+        ("tables.item_id.dim=0", "tables.item_id", "dim must be at least 1"),
+        ("encoders.liked.length=0", "encoders.liked", "length must be at least 1"),
+        ("evaluation.k=[]", "evaluation", "k is empty"),
+        ("evaluation.task=lik", "evaluation.task", "did you mean like?"),
+        ("evaluation.valid=train", "train.evaluate_every_epochs", "validates nothing"),
+        ("run.name=../elsewhere", "run", "one plain folder name"),
+        ("optimizer.dense.lr=-1", "optimizer.dense", "lr must be at least 0"),
+        ("heads.ranking=null", "objectives.teacher.head", "no head 'ranking'"),
+    ],
+)
+def test_a_mistake_is_named_with_its_place(config_path, dataset, override, place, what):
+    text = message(config_path, dataset.schema, override)
+    lines = [line for line in text.splitlines() if place in line]
+    assert any(what in line for line in lines), text
+
+
+@pytest.mark.parametrize(
+    ("override", "place", "what"),
+    [
+        ("heads.ranking.features=[user_id,item_id,titel]", "heads.ranking.features", "'titel'"),
+        ("heads.ranking.features=[user_id,liked]", "heads.ranking.features", "nothing of the item"),
+        ("heads.ranking.features=[rated,item_id]", "heads.ranking.features", "nothing of the request"),
+        ("heads.pre_ranking.features=[user_id,rated,item_id]", "heads.pre_ranking.features", "could not be cached"),
+        ("tasks.like.label=ratng", "tasks.like.label", "did you mean rating?"),
+        ("encoders.liked.history=likes", "encoders.liked.history", "did you mean liked?"),
+        ("encoders.liked.events=[rating]", "encoders.liked.events", "no event of liked 'rating'"),
+        ("encoders.liked.features=[user_id]", "encoders.liked.features", "no item feature 'user_id'"),
+        ("encoders.liked.by={kind: self_attention, heads: 3}", "encoders.liked.by.heads", "do not divide"),
+        ("tables.age=null", "tables", "no table 'age'"),
+        ("tables.ages={dim: 4}", "tables.ages", "did you mean age?"),
+        ("data.not_eligible=[seen]", "data.not_eligible", "no history 'seen'"),
+        ("data.candidates.coarse_neg=3", "data.candidates", "no logged stage 'coarse_neg'"),
+    ],
+)
+def test_what_the_dataset_lacks_is_named(config_path, dataset, override, place, what):
+    text = message(config_path, dataset.schema, override)
+    assert any(place in line and what in line for line in text.splitlines()), text
+
+
+def test_all_mistakes_come_at_once(config_path, dataset):
+    text = message(config_path, dataset.schema, "heads.ranking.features=[user_id,titel]", "tasks.like.label=ratng")
+    assert len(text.splitlines()) >= 3
+
+
+def test_the_funnel_begins_with_retrieval(config_path, dataset):
+    text = message(config_path, dataset.schema, "evaluation.quotas.retrieval=null")
+    assert "the funnel begins with retrieval" in text
+
+
+def test_a_moved_run_or_dataset_is_the_same_config(config_path):
+    config, _ = load_config(config_path)
+    moved = replace(config, run=replace(config.run, name="b", dir="c"), data=replace(config.data, path="d"))
+    assert not differences(_without_places(config), _without_places(moved))
+    other = replace(moved, run=replace(moved.run, seed=1))
+    assert differences(_without_places(config), _without_places(other)) == ["run.seed: 0 != 1"]
