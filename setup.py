@@ -28,7 +28,7 @@ BASE = [
 EXTRAS = {
     "cpu": ["fbgemm-gpu-cpu==1.8.0", "tensordict", "torchmetrics==1.0.3", "tqdm", "pyre-extensions"],
     "gpu": ["fbgemm-gpu==1.8.0", "torchrec==1.8.0"],
-    "dev": ["pytest", "ruff", "mypy", "scipy", "types-PyYAML", "pandas-stubs"],
+    "dev": ["pytest", "ruff", "mypy", "scipy"],
 }
 
 setup(
