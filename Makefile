@@ -6,9 +6,9 @@ DATA := data/ml-100k
 
 .PHONY: install data train test check fast-test benchmarks clean
 
-install: .venv/installed
+install: .venv/installed-$(EXTRA)
 
-.venv/installed: setup.py joint/__init__.py
+.venv/installed-$(EXTRA): setup.py joint/__init__.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check -e ".[$(EXTRA),dev]"
 	[ "$(EXTRA)" = gpu ] || $(BIN)/pip install --disable-pip-version-check --no-deps torchrec==1.8.0
@@ -17,7 +17,7 @@ install: .venv/installed
 data: $(DATA)/dataset.json
 
 # MovieLens-100K lies in RecBole's wheel, which is only read as a zip: nothing of it is installed or kept elsewhere.
-$(DATA)/dataset.json: | .venv/installed
+$(DATA)/dataset.json: | .venv/installed-$(EXTRA)
 	mkdir -p data/downloads
 	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest data/downloads recbole==1.2.1
 	$(BIN)/python -m joint.prepare movielens data/downloads/recbole-1.2.1-py3-none-any.whl $(DATA) --overwrite

@@ -15,7 +15,7 @@ from typing import Literal
 from joint import settings
 from joint.commands import run_command
 from joint.data.sampling import Quota
-from joint.objectives import Distillation, Head, MultiClass, Objective, spaces_of
+from joint.objectives import AdaptiveContrastive, Distillation, Head, MultiClass, Objective, spaces_of
 from joint.schema import POOL_TOKENS, SPACE_TOKENS, STAGES, Feature, Schema
 from towers.pre_ranking import PreRanking
 from towers.ranking import Ranking
@@ -247,8 +247,13 @@ def _mistakes(config: Config) -> Iterator[Mistake]:
         yield "heads", "no head; expected at least one of retrieval, pre_ranking, ranking"
     if not config.objectives:
         yield "objectives", "none; expected at least one"
-    if config.evaluation.quotas and next(iter(config.evaluation.quotas)) != "retrieval":
-        yield "evaluation.quotas", "the funnel begins with retrieval; expected its quota first"
+    if config.evaluation.test in config.data.train or len(set(config.data.train)) < len(config.data.train):
+        yield "data.train", f"names {config.evaluation.test}, which evaluation.test measures on, or a part twice"
+    quotas = config.evaluation.quotas
+    if quotas and list(quotas) != [head for head in HEADS if head in quotas or head == "retrieval"]:
+        yield "evaluation.quotas", f"expected in the funnel's order, from retrieval on; found {', '.join(quotas)}"
+    if list(quotas.values()) != sorted(quotas.values(), reverse=True):
+        yield "evaluation.quotas", "a head cannot keep more than the one before it left"
     stages = [*STAGES]
     yield from _unknown("data.candidates", list(config.data.candidates), stages, "stage")
     yield from _unknown("evaluation.task", [config.evaluation.task], list(config.tasks), "task")
@@ -285,6 +290,8 @@ def _objective_mistakes(config: Config, path: str, objective: Objective) -> Iter
             f"{path}.space",
             f"{objective.loss} compares candidates of a request; {pooled[0]} is not among them",
         )
+    if isinstance(objective, AdaptiveContrastive) and objective.head != "pre_ranking":
+        yield f"{path}.head", "adaptive weights compare the pre_ranking head's gated item side; no other head has one"
     if isinstance(objective, Distillation):
         yield from _unknown(f"{path}.teacher", [objective.teacher], heads, "head")
         if objective.teacher == objective.head:

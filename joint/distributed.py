@@ -55,7 +55,7 @@ def rank() -> int:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The elementwise sum over ranks, without a gradient."""
+    """The elementwise sum over ranks, without a gradient; `values` itself becomes the sum."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
@@ -85,7 +85,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         # gloo has no reduce-scatter: sum everything, keep our share.
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient.chunk(world_size())[rank()]
 

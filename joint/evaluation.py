@@ -5,7 +5,8 @@ A metric's name is `HEAD/METRIC[/TASK]`, `alignment/…` or `funnel/…`; withou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,21 +14,27 @@ import torch
 from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
 
-from joint import metrics
+from joint import checkpoint, metrics
 from joint.batch import Batch
 from joint.cascade import funnel
-from joint.config import heads_of
-from joint.data.assemble import Assembler, logged, not_eligible
+from joint.config import check_against, heads_of
+from joint.data.assemble import Assembler, logged, not_eligible, positives
+from joint.data.dataset import Dataset
 from joint.data.loader import corpus_slice
 from joint.data.order import Position
 from joint.data.ragged import Ragged
 from joint.data.requests import Requests
 from joint.data.sampling import Candidates, eligible_items, unlabelled
-from joint.distributed import gather_objects, rank, world_size
+from joint.distributed import gather_objects, process_group, rank, world_size
+from joint.errors import CheckpointError
+from joint.features import Plan
 from joint.metrics import AucState, Ratio
 from joint.outputs import HeadOutput, Outputs
 from joint.ranks import corpus_ranks
 from joint.reference import baseline_metrics
+from joint.run import RunDirectory, write_metrics
+from joint.summary import table
+from joint.task import build_task
 
 Forward = Callable[[Batch], Outputs]
 State = Ratio | AucState
@@ -54,7 +61,7 @@ class Evaluator:
         corpus: Tensor | None = None
         for requests in self._chunks(split):
             candidates = logged(requests, self.assembler.dataset)
-            batch, outputs = self._run(requests, candidates, with_corpus=corpus is None)
+            batch, outputs = self._run(requests, candidates, self.heads, with_corpus=corpus is None)
             self._add(states, self._logged(batch, outputs))
             if "retrieval" in self.heads:
                 corpus = outputs["retrieval"].corpus[: self.items] if corpus is None else corpus  # type: ignore[index]
@@ -76,10 +83,13 @@ class Evaluator:
                     mine = np.arange(start, min(start + size, len(requests)))[rank() :: world_size()]
                     yield requests.take(mine)
 
-    def _run(self, requests: Requests, candidates: Candidates, *, with_corpus: bool = False) -> tuple[Batch, Outputs]:
+    def _run(
+        self, requests: Requests, candidates: Candidates, scoring: Collection[str], *, with_corpus: bool = False
+    ) -> tuple[Batch, Outputs]:
+        """The outputs of the `scoring` heads on every candidate, and of the pool where it is wanted."""
         pool = corpus_slice(self.items if with_corpus else 0, rank(), world_size())
         if len(requests):
-            batch = self.assembler(requests, candidates, pool, position=Position(), all_rows=True)
+            batch = self.assembler(requests, candidates, pool, position=Position(), scoring=scoring)
         else:
             batch = self.assembler.empty(pool, position=Position())
         batch = batch.to(self.device)
@@ -143,7 +153,7 @@ class Evaluator:
         kept = np.sort(kept, axis=1)
         items = Ragged(kept.reshape(-1), np.arange(len(kept) + 1) * kept.shape[1])
         items = _without(items, not_eligible(requests, self.config), self.items)
-        batch, outputs = self._run(requests, unlabelled(items, self.assembler.dataset.schema.labels))
+        batch, outputs = self._run(requests, unlabelled(items, self.assembler.dataset.schema.labels), self.heads)
         scores = {head: self._fused(head, output) for head, output in outputs.items()}
         relevant = torch.from_numpy(self._is_relevant(items, candidates)).to(self.device)
         total = float(len(self._relevant(candidates)[0]))
@@ -172,7 +182,7 @@ class Evaluator:
                 break
             chosen, known = requests.take(rows), _take(candidates, rows)
             items = eligible_items(not_eligible(chosen, self.config), self.items)
-            batch, outputs = self._run(chosen, unlabelled(items, self.assembler.dataset.schema.labels))
+            batch, outputs = self._run(chosen, unlabelled(items, self.assembler.dataset.schema.labels), heads)
             relevant = torch.from_numpy(self._is_relevant(items, known)).to(self.device)
             for head in heads:
                 scores = self._fused(head, outputs[head])
@@ -184,9 +194,7 @@ class Evaluator:
 
     def _relevant(self, candidates: Candidates) -> tuple[np.ndarray, np.ndarray]:
         """(request, item) of every positive of the task that evaluation asks for."""
-        task = self.config.tasks[self.config.evaluation.task]
-        with np.errstate(invalid="ignore"):
-            positive = candidates.labels[task.label] >= task.at_least
+        positive = positives(candidates, self.config.tasks[self.config.evaluation.task])
         return candidates.items.rows[positive], candidates.items.values[positive].astype(np.int64)
 
     def _is_relevant(self, items: Ragged, candidates: Candidates) -> np.ndarray:
@@ -209,6 +217,28 @@ def _without(items: Ragged, taken: Ragged, catalogue: int) -> Ragged:
     return items.keep(~np.isin(items.rows * catalogue + items.values, taken.rows * catalogue + taken.values))
 
 
+def evaluate_run(path: Path, split: str | None) -> None:
+    """Measure a run's newest checkpoint on a split (None: the config's test part) and print the table."""
+    run = RunDirectory(path)
+    config, tree = run.load_config()
+    dataset = Dataset(config.data.path)
+    check_against(config, tree, dataset.schema)
+    run.check_dataset(dataset.schema)
+    plan = Plan(config, dataset.schema)
+    split = split or config.evaluation.test
+    with process_group() as device:
+        model = build_task(plan, device)
+        progress = checkpoint.load_latest(run.checkpoints, model)
+        if not progress.step:
+            raise CheckpointError(f"{run.checkpoints}: no complete checkpoint in it; train the run first")
+        found = evaluate(model, Assembler(plan, dataset), device, split)
+        if rank() == 0:
+            if split == config.evaluation.test:
+                write_metrics(run, found)
+            seen = " (which it was trained on)" if split in config.data.train else ""
+            print(f"{run.path}, step {progress.step}, on {split}{seen}:\n{table(config, found)}")
+
+
 def evaluate(
     model: DistributedModelParallel, assembler: Assembler, device: torch.device, split: str, *, full: bool = True
 ) -> dict[str, float]:
@@ -218,6 +248,7 @@ def evaluate(
     """
     model.eval()
     found = Evaluator(lambda batch: model(batch)[1].outputs, assembler, device)(split, whole_catalogue=full)
-    if full and assembler.plan.config.evaluation.baselines:
-        found |= baseline_metrics(assembler.plan.config, assembler.dataset, split)
+    config = assembler.plan.config
+    if full and config.evaluation.baselines and split not in config.data.train:
+        found |= baseline_metrics(config, assembler.dataset, split)
     return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from joint.config import Config, heads_of
+from joint.config import Config, Encoder, heads_of
 from joint.objectives import MultiClass
 from joint.schema import Feature, Schema
 from towers.embeddings import TableShape, width_name
@@ -43,10 +43,16 @@ class Plan:
         return tuple(dict.fromkeys(self._keys()))
 
     @cached_property
+    def encoders(self) -> dict[str, Encoder]:
+        """The encoders that some head names; others are neither looked up nor run."""
+        named = {name for head in heads_of(self.config).values() for name in head.features}
+        return {name: encoder for name, encoder in self.config.encoders.items() if name in named}
+
+    @cached_property
     def history_lengths(self) -> dict[str, int]:
         """History -> events the loader keeps: the longest that an encoder reads."""
         lengths: dict[str, int] = {}
-        for encoder in self.config.encoders.values():
+        for encoder in self.encoders.values():
             lengths[encoder.history] = max(encoder.length, lengths.get(encoder.history, 0))
         return lengths
 
@@ -62,7 +68,9 @@ class Plan:
         for key in self.keys:
             if key.feature.kind != "float":
                 keys.setdefault(key.feature.space, []).append(key.name)
-        sizes = {feature.space: feature.size for feature in self.schema.features}
+        sizes: dict[str, int] = {}
+        for feature in self.schema.features:
+            sizes[feature.space] = max(feature.size, sizes.get(feature.space, 0))
         shapes = []
         for space, names in keys.items():
             table = self.config.tables[space]
@@ -93,7 +101,7 @@ class Plan:
 
     def head_encoders(self, head: str, *, per_candidate: bool) -> tuple[str, ...]:
         """A head's encoders: those with one vector a request, or those with one a candidate."""
-        encoders = self.config.encoders
+        encoders = self.encoders
         names = [name for name in heads_of(self.config)[head].features if name in encoders]
         return tuple(n for n in names if isinstance(encoders[n].by, TargetAttention) == per_candidate)
 
@@ -105,7 +113,7 @@ class Plan:
                 yield Key("candidate", feature)
                 if head == "retrieval":
                     yield Key("pool", feature)
-        for encoder in self.config.encoders.values():
+        for encoder in self.encoders.values():
             for name in encoder.features:
                 yield Key("history", self.schema.feature(name), encoder.history)
                 if isinstance(encoder.by, TargetAttention):

@@ -22,7 +22,7 @@ Rows = dict[str, Tensor]  # key name -> its rows: [R, D], [N, D], [P, D] or [eve
 class HistoryEncoder(nn.Module):
     """One named encoder: a history's item features side by side, its events projected and added, then encoded."""
 
-    def __init__(self, name: str, config: Encoder, plan: Plan) -> None:
+    def __init__(self, config: Encoder, plan: Plan) -> None:
         super().__init__()
         self.config = config
         features = [plan.schema.feature(feature) for feature in config.features]
@@ -61,7 +61,7 @@ class JointModel(nn.Module):
         super().__init__()
         config = plan.config
         self.plan = plan
-        self.encoders = nn.ModuleDict({name: HistoryEncoder(name, e, plan) for name, e in config.encoders.items()})
+        self.encoders = nn.ModuleDict({name: HistoryEncoder(e, plan) for name, e in plan.encoders.items()})
         self.heads = nn.ModuleDict({name: self._build(name, head) for name, head in heads_of(config).items()})
 
     def _build(self, name: str, head: Retrieval | PreRanking | Ranking) -> nn.Module:

@@ -5,6 +5,7 @@ A config's `objectives` maps free names to these. `compute` turns one into a `Lo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -22,6 +23,12 @@ from losses.term import check_positive
 Head = Literal["retrieval", "pre_ranking", "ranking"]
 
 
+def _check_not_negative(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}, expected 0 or more")
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Common:
     head: Head
@@ -30,8 +37,7 @@ class _Common:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.weight >= 0:
-            raise ValueError(f"weight is {self.weight}, expected 0 or more")
+        _check_not_negative(weight=self.weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +46,10 @@ class Binary(_Common):
 
     loss: Literal["binary"] = "binary"
     positive_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_not_negative(positive_weight=self.positive_weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +71,10 @@ class MultiClass(_Common):
 
     loss: Literal["multi_class"] = "multi_class"
     shown_weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_not_negative(shown_weight=self.shown_weight)
 
 
 @dataclass(frozen=True, kw_only=True)

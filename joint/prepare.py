@@ -7,7 +7,7 @@ from pathlib import Path
 
 from joint.commands import run_command
 from joint.data.movielens import CITATION, prepare_movielens
-from joint.schema import PARTS, Schema
+from joint.schema import SPLITS, Schema
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
 
 def summary(out: Path, schema: Schema) -> str:
     """What was made, in three lines."""
-    requests = ", ".join(f"{schema.requests(split):,} {split}" for split in PARTS)
+    requests = ", ".join(f"{schema.requests(split):,} {split}" for split in SPLITS)
     features = ", ".join(f"{f.name} ({f.size:,})" for f in schema.features)
     return f"{out}: {schema.items:,} items; requests: {requests}\nfeatures (ids): {features}\nhash {schema.hash}"
 

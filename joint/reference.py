@@ -8,22 +8,20 @@ from torch import Tensor
 
 from joint import baselines, metrics
 from joint.config import Config
-from joint.data.assemble import not_eligible
+from joint.data.assemble import not_eligible, positives
 from joint.data.dataset import Dataset
 from joint.data.ragged import Ragged
 from joint.data.requests import Requests, concatenate_requests
+from joint.data.sampling import Candidates
 from joint.ranks import corpus_ranks
-from joint.schema import PARTS
 
 USER = "user_id"
 SMOOTHING = 5.0  # pseudo-labels of the user and item means
 
 
 def baseline_metrics(config: Config, dataset: Dataset, split: str) -> dict[str, float]:
-    """`baselines/NAME/recall@K` and `baselines/means/auc/TASK`, fitted on the splits before `split`."""
-    before = concatenate_requests(
-        [dataset.read_split(part) for part in PARTS[: PARTS.index(split)] if dataset.schema.requests(part)]
-    )
+    """`baselines/NAME/recall@K` and `baselines/means/auc/TASK`, fitted on what the heads were trained on."""
+    before = concatenate_requests([dataset.read_split(part) for part in config.data.train])
     requests = dataset.read_split(split)
     task = config.evaluation.task
     user, item, label = _impressions(before, config, task)
@@ -58,11 +56,11 @@ def _impressions(requests: Requests, config: Config, task: str) -> tuple[Tensor,
 def _where(requests: Requests, config: Config, task: str) -> tuple[Tensor, Tensor, Tensor]:
     """Request, item and whether it is positive, of every candidate whose feedback is known."""
     rule = config.tasks[task]
-    label, items = requests.lists(rule.label).values, requests.lists("candidates")
-    known = ~np.isnan(label)
-    positive = label[known] >= rule.at_least
+    items = requests.lists("candidates")
+    candidates = Candidates(items, requests.lists("stages").values, {rule.label: requests.lists(rule.label).values})
+    known = ~np.isnan(candidates.labels[rule.label])
     row, item = items.rows[known], items.values[known].astype(np.int64)
-    return torch.from_numpy(row), torch.from_numpy(item), torch.from_numpy(positive)
+    return torch.from_numpy(row), torch.from_numpy(item), torch.from_numpy(positives(candidates, rule)[known])
 
 
 def _histories(requests: Requests, user: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from joint import __version__, settings
+from joint.checkpoint import steps
 from joint.config import Config, Run
 from joint.distributed import world_size
 from joint.errors import CheckpointError
@@ -65,6 +66,20 @@ class RunDirectory:
         """The metrics of the finished run on the test part."""
         return self.path / "eval.json"
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is something to resume. A run that never saved may be started again with another config."""
+        return self.config.is_file() and bool(steps(self.checkpoints))
+
+    def check_dataset(self, schema: Schema) -> None:
+        """CheckpointError if the run was made from another dataset, or its environment.json cannot be read."""
+        try:
+            found = json.loads(self.environment.read_text())["dataset"]
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{self.environment}: cannot be read ({error})") from error
+        if found != schema.hash:
+            raise CheckpointError(f"{self.path}: made from a dataset of hash {found}, this one's is {schema.hash}")
+
     def load_config(self) -> tuple[Config, settings.Tree]:
         """The run's own config; CheckpointError if there is none."""
         if not self.config.is_file():
@@ -73,23 +88,33 @@ class RunDirectory:
         return settings.decode(tree, Config), tree
 
 
-def open_run(config: Config, schema: Schema, *, write: bool) -> RunDirectory:
-    """The run's directory, made (by the rank that may `write`) when it is new.
+def open_run(config: Config, schema: Schema) -> RunDirectory:
+    """The directory of a config's run; nothing is written.
 
     Raises:
-        CheckpointError: it was made by another config, or from another dataset; nothing is changed then.
+        CheckpointError: it holds checkpoints of another config, or from another dataset.
     """
     run = RunDirectory(Path(config.run.dir) / config.run.name)
-    if run.config.is_file():
-        _check_same(run, config, schema)
-    elif write:
-        try:
-            run.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"{run.path}: cannot be made ({error.strerror})") from error
+    if run.begun:
+        before, _ = run.load_config()
+        differing = settings.differences(_without_places(before), _without_places(config))
+        if differing:
+            found = "; ".join(differing)
+            raise CheckpointError(f"{run.path}: made by another config; choose another run.name. Differing: {found}")
+        run.check_dataset(schema)
+    return run
+
+
+def make_run(run: RunDirectory, config: Config, schema: Schema) -> None:
+    """Write the run's config and environment, unless it is being resumed; CheckpointError where that cannot be."""
+    if run.begun:
+        return
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
         write_whole(run.environment, json.dumps(_environment(schema), indent=1))
         write_whole(run.config, settings.dump(config))
-    return run
+    except OSError as error:
+        raise CheckpointError(f"{run.path}: cannot be made ({error.strerror})") from error
 
 
 def write_metrics(run: RunDirectory, found: Mapping[str, float]) -> None:
@@ -103,18 +128,6 @@ def write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.unfinished")
     temporary.write_text(text)
     temporary.replace(path)
-
-
-def _check_same(run: RunDirectory, config: Config, schema: Schema) -> None:
-    before, _ = run.load_config()
-    differing = settings.differences(_without_places(before), _without_places(config))
-    if differing:
-        raise CheckpointError(
-            f"{run.path}: made by another config; choose another run.name. Differing: {'; '.join(differing)}"
-        )
-    found = json.loads(run.environment.read_text())["dataset"]
-    if found != schema.hash:
-        raise CheckpointError(f"{run.path}: made from a dataset of hash {found}, this one's is {schema.hash}")
 
 
 def _without_places(config: Config) -> Config:

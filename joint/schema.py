@@ -14,7 +14,7 @@ import numpy as np
 from joint.errors import DataError
 
 FORMAT_VERSION = 1
-PARTS = ("train", "valid", "test")
+SPLITS = ("train", "valid", "test")
 
 
 class Stage(IntFlag):

@@ -3,144 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import signal
-import time
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import record
-
-from joint import checkpoint
-from joint.batch import Batch
-from joint.checkpoint import Progress
 from joint.commands import run_command
-from joint.config import Config, check_against, load_config
-from joint.data.assemble import Assembler
-from joint.data.dataset import Dataset
-from joint.data.loader import Loader
-from joint.data.order import Position
-from joint.distributed import TIMEOUT, process_group, rank, sum_over_ranks, world_size
-from joint.errors import RankError, UserError
-from joint.evaluation import evaluate
-from joint.features import Plan
-from joint.optimizers import build_optimizer, set_learning_rates
-from joint.pipeline import build_pipeline
-from joint.reporting import Reporter
-from joint.run import open_run, write_metrics
-from joint.tables import highlights, opening, table
-from joint.task import build_task
 from joint.versions import check_versions
-from towers.mixtures import set_step
-
-
-def train(config: Config, dataset: Dataset) -> None:
-    """Train a config to its end, from its newest checkpoint if it has one, then measure it on the test part."""
-    with process_group() as device, stop_flag() as stopped:
-        run = open_run(config, dataset.schema, write=rank() == 0)
-        plan = Plan(config, dataset.schema)
-        assembler = Assembler(plan, dataset)
-        model = build_task(plan, device)
-        optimizer = build_optimizer(model, config.optimizer)
-        progress = checkpoint.load_latest(run.checkpoints, model, optimizer)
-        loader = Loader(assembler, rank=rank(), world_size=world_size())
-        total = loader.total_batches()
-        reporter = Reporter(run, total_steps=total, resumed_from=progress.step)
-        reporter.say(opening(plan, dataset, model, progress, total))
-        pipeline = build_pipeline(model, optimizer, device)
-        batches = Timed(loader.from_position(progress.position, pinned=device.type == "cuda"))
-        model.train()
-        stopping = False
-        while progress.step < total and not stopping:
-            began = time.perf_counter()
-            # Everything random in a step follows from (seed, step, rank), so a resumed run repeats it.
-            torch.manual_seed(zlib.crc32(f"{config.run.seed}/{progress.step}/{rank()}".encode()))
-            set_step(model, progress.step)
-            rates = set_learning_rates(optimizer, config.optimizer, progress.step)
-            output = pipeline.progress(batches)
-            batch = output.batch
-            reporter.step(
-                output.losses,
-                requests=batch.requests,
-                candidates=len(batch.item),
-                unknown=batch.unknown,
-                seconds=time.perf_counter() - began,
-                waited=batches.waited(),
-            )
-            progress = Progress(progress.step + 1, batch.position)
-            if progress.step % config.train.log_every == 0 or progress.step == total:
-                counts = sum_over_ranks(torch.tensor(reporter.counts(), device=device))
-                reporter.interval(progress.step, counts.tolist(), rates)
-            if ends_epoch(progress.position, config.train.evaluate_every_epochs):
-                pipeline.detach()
-                found = evaluate(model, assembler, device, config.evaluation.valid, full=False)
-                pipeline.attach()
-                model.train()
-                reporter.numbers(progress.step, found)
-                reporter.say(
-                    f"epoch {progress.position.epoch} on {config.evaluation.valid}: {highlights(config, found)}"
-                )
-            stopping = stopped()
-            if stopping or progress.step % config.train.checkpoint_every == 0 or progress.step == total:
-                checkpoint.save(run.checkpoints, model, optimizer, progress, keep=config.train.keep)
-        if progress.step < total:
-            reporter.say(f"stopped after step {progress.step} of {total}; the same command goes on from there")
-        else:
-            pipeline.detach()
-            found = evaluate(model, assembler, device, config.evaluation.test)
-            if rank() == 0:
-                write_metrics(run, found)
-            reporter.numbers(progress.step, {f"test/{name}": value for name, value in found.items()})
-            reporter.say(table(config, found))
-        reporter.close()
-
-
-class Timed(Iterator[Batch]):
-    """An iterator that knows how long it kept its reader waiting, and whose mistakes name the rank."""
-
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self.batches = batches
-        self.seconds = 0.0
-
-    def __next__(self) -> Batch:
-        began = time.perf_counter()
-        try:
-            return next(self.batches)
-        except UserError as error:
-            raise RankError(f"rank {rank()}: {error}") from error
-        finally:
-            self.seconds += time.perf_counter() - began
-
-    def waited(self) -> float:
-        """Seconds waited since the last call."""
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds
-
-
-@contextmanager
-def stop_flag() -> Iterator[Callable[[], bool]]:
-    """Whether any rank was asked to stop (SIGTERM); all ranks hear of it at the same step."""
-    asked: list[bool] = []
-    hosts = dist.new_group(backend="gloo", timeout=TIMEOUT)  # over NCCL the question would wait for the GPU
-
-    def stopped() -> bool:
-        flag = torch.tensor(len(asked))
-        dist.all_reduce(flag, group=hosts)
-        return bool(flag)
-
-    previous = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
-    try:
-        yield stopped
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def ends_epoch(position: Position, every: int) -> bool:
-    """Whether this position is the start of an epoch after which the validation part is looked at."""
-    return every > 0 and (position.day, position.batch) == (0, 0) and position.epoch % every == 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -152,12 +19,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parsed = parser.parse_args(arguments)
     check_versions()
+    # Imported only now: with a wrong combination of versions these imports fail, and less clearly.
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from joint.config import check_against, load_config
+    from joint.data.dataset import Dataset
+    from joint.training import train
+
     config, tree = load_config(parsed.config, parsed.overrides)
     dataset = Dataset(config.data.path)
     check_against(config, tree, dataset.schema)
-    train(config, dataset)
+    record(train)(config, dataset)
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(record(run_command)(main))
+    raise SystemExit(run_command(main))

@@ -10,14 +10,14 @@ from torch.nn.functional import normalize
 
 from losses.blocks import Ledger, padded, pair_blocks
 from losses.segments import by_task, list_offsets
-from losses.term import LossTerm, check_positive, forming_gradients, in_full, like
+from losses.term import LossTerm, check_positive, chosen_like, forming_gradients, in_full
 
 
 class NegativeWeights(NamedTuple):
     """The pairs of `adaptive_contrastive`, ordered by task, positive, negative: [pairs] each.
 
     `positive` and `negative` are candidate indices; `task` is 0 throughout for logits [N]. A pair weighs
-    delta * (similarity + confidence).
+    delta * (similarity + confidence); without adaptive weights these are 0 and 1.
     """
 
     task: Tensor
@@ -73,39 +73,38 @@ def adaptive_contrastive(
 
     -log(e^(s_i / T) / (e^(s_i / T) + sum_z w_iz e^(s_z / T))) with w_iz = delta (softmax_z(cos(x_i, x_z)) +
     sigma(s_z)); the sigmoid is of the plain logit, the cosine of a zero vector is 0. The weights carry no
-    gradient, to logits or features; `adaptive=False` makes them delta.
+    gradient, to logits or features; `adaptive=False` makes them delta. With delta = 0 every loss is 0.
 
     `logits`, `positive`, `negative` (bool) are [N] or [N, T], `features` [N, F] or [N, T, F]. A candidate is
     never its own negative; a positive without negatives is no unit. What is neither may be NaN.
     `return_weights` adds every pair with the two parts of its weight; it holds them all, so ask for it when
-    logging. ValueError for shapes that do not fit, and for settings not above 0.
+    logging. ValueError for shapes that do not fit, a temperature not above 0, and a delta below 0.
 
     Source: SDCL Eq 7-8.
     """
-    check_positive(temperature=temperature, delta=delta)
-    if return_weights and not adaptive:
-        raise ValueError("return_weights needs adaptive=True: fixed weights have no parts")
+    check_positive(temperature=temperature)
+    if not delta >= 0:
+        raise ValueError(f"delta is {delta}, expected 0 or more")
     lists, inputs = list_offsets(offsets, logits), _by_task(features, logits) if adaptive else None
-    positives = by_task(like(positive, logits, "positive"))
-    negatives = by_task(like(negative, logits, "negative"))
+    positives = by_task(chosen_like(positive, logits, "positive"))
+    negatives = by_task(chosen_like(negative, logits, "negative"))
     width = 0 if inputs is None else inputs.shape[1]
     with forming_gradients(logits.device):
         s, book = in_full(padded(logits, logits, "logits")), Ledger.empty(logits)
         weights: list[tuple[Tensor, ...]] = [(lists[:0], lists[:0], s[:0], s[:0])]
         for i, j, real in pair_blocks(positives, negatives, lists, width=width):
             pair = (i.unsqueeze(2) != j.unsqueeze(1)).logical_and_(real)
-            other = s[j].unsqueeze(1) / temperature + math.log(delta)
+            similarity, confidence = s.new_zeros(1, 1, 1), s.new_ones(1, 1, 1)
             if inputs is not None:
                 x, z = (inputs[place % len(inputs)].to(s.dtype) for place in (i, j))
-                similarity = _similarity(x, z, pair)
-                confidence = s[j].sigmoid().unsqueeze(1)
-                other = other + (similarity + confidence).log_()
-                if return_weights:
-                    weights.append(_listed(pair, i, j, similarity, confidence))
-            unit = pair.any(2)
-            own, other = s[i].where(unit, 0) / temperature, other.masked_fill(~pair, -math.inf)
-            book.value[i], share = _softmax_loss(own, other)
-            book.units[i] = unit.to(s.dtype)
+                similarity, confidence = _similarity(x, z, pair), s[j].sigmoid().unsqueeze(1)
+            if return_weights:
+                weights.append(_listed(pair, i, j, similarity, confidence))
+            log_weight = (delta * confidence).add(similarity, alpha=delta).log_()
+            lead = s[j].unsqueeze(1) - s[i].unsqueeze(2)  # first: a large logit would round log w away
+            lead = lead.mul_(1 / temperature).add_(log_weight).masked_fill_(~pair, -math.inf)
+            book.value[i], share = _softmax_loss(lead)
+            book.units[i] = pair.any(2).to(s.dtype)
             book.gradient[i] -= share.sum(2) / temperature
             book.gradient[j] += share.sum(1) / temperature
     term = book.term(logits)
@@ -115,7 +114,7 @@ def adaptive_contrastive(
 def _by_task(features: Tensor, logits: Tensor) -> Tensor:
     """[N, F] as it is, [N, T, F] as [T * N, F]: either way the row of flat candidate i is i % rows."""
     if features.shape[:-1] == logits.shape:
-        return features.detach().transpose(0, -2).reshape(-1, features.shape[-1])
+        return features.detach().transpose(0, -2).reshape(logits.numel(), features.shape[-1])
     if features.dim() == 2 and len(features) == len(logits):
         return features.detach()
     raise ValueError(f"features have shape {list(features.shape)}, expected {list(logits.shape)} + [F] or [N, F]")
@@ -129,22 +128,24 @@ def _similarity(x: Tensor, z: Tensor, pair: Tensor) -> Tensor:
 
 def _direction(x: Tensor) -> Tensor:
     """Unit vectors, zeros for zeros; scaled first, so that no square over- or underflows."""
+    if not x.shape[-1]:
+        return x
     size = x.abs().amax(-1, keepdim=True)
     return normalize(x / size.clamp(min=torch.finfo(x.dtype).tiny), dim=-1)
 
 
-def _softmax_loss(own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """-log of the softmax share of own [B, rows] beside other [B, rows, columns], and the shares of other."""
-    peak = other.amax(2).maximum(own)
-    share = (other - peak.unsqueeze(2)).exp_()
-    norm = share.sum(2) + (own - peak).exp()
-    return norm.log() + (peak - own), share.div_(norm.unsqueeze(2))
+def _softmax_loss(lead: Tensor) -> tuple[Tensor, Tensor]:
+    """-log of the softmax share of a logit 0 beside lead [B, rows, columns], and the shares of lead, in place."""
+    peak = lead.amax(2).clamp_(min=0)
+    share = lead.sub_(peak.unsqueeze(2)).exp_()
+    norm = share.sum(2) + (-peak).exp()
+    return norm.log() + peak, share.div_(norm.unsqueeze(2))
 
 
 def _listed(pair: Tensor, i: Tensor, j: Tensor, similarity: Tensor, confidence: Tensor) -> tuple[Tensor, ...]:
     """The pairs of a block: flat positive and negative, and the parts of the weight, [pairs] each."""
     block, row, column = pair.nonzero(as_tuple=True)
-    return i[block, row], j[block, column], similarity[pair], confidence.expand_as(similarity)[pair]
+    return i[block, row], j[block, column], similarity.expand_as(pair)[pair], confidence.expand_as(pair)[pair]
 
 
 def _ordered(weights: Sequence[tuple[Tensor, ...]], candidates: int) -> NegativeWeights:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from losses.binary import log_loss
-from losses.term import LossTerm, check_positive, in_full, like, sum_units
+from losses.term import LossTerm, check_positive, chosen_like, in_full, like, sum_units
 
 
 def distillation(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None) -> LossTerm:
@@ -16,7 +16,7 @@ def distillation(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, 
     s = in_full(student)
     t = like(teacher, student, "teacher").detach().to(s.dtype)
     if mask is not None:
-        mask = like(mask, student, "mask")
+        mask = chosen_like(mask, student, "mask")
         s, t = s.where(mask, 0), t.where(mask, 0)
     s, t = s / temperature, t / temperature
     return sum_units(log_loss(s, t.sigmoid(), (-t).sigmoid()), mask)

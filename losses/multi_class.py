@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from losses.blocks import block_cells
-from losses.segments import ranges, segment_logsumexp, segment_sum
+from losses.segments import ranges, segment_sum, segment_sum_exp
 from losses.term import LossTerm, attach, forming_gradients, in_full
 
 
@@ -29,10 +29,12 @@ def multi_class(
     """
     if logits.dim() != 2 or target.shape != logits.shape[:1]:
         raise ValueError(f"logits {list(logits.shape)} and target {list(target.shape)} must be [M, C] and [M]")
-    s, keep = in_full(logits), torch.ones_like(logits, dtype=torch.bool) if mask is None else mask
+    s, keep = in_full(logits), torch.ones_like(logits, dtype=torch.bool) if mask is None else mask.bool()
     keep = keep.scatter(1, target.unsqueeze(1), True)
-    if log_q is not None:
-        s, keep = s - log_q.detach().to(s.dtype), keep & (log_q < math.inf)
+    if log_q is not None and len(s):
+        keep = keep & (log_q < math.inf)
+        peak = s.detach().where(keep, -math.inf).amax(1, keepdim=True)
+        s = s - peak - log_q.detach().to(s.dtype)  # in this order: a large logit would round log_q away
     loss = -s.where(keep, -math.inf).log_softmax(1).gather(1, target.unsqueeze(1)).squeeze(1)
     weight = _weights(sample_weight, s, len(loss))
     return LossTerm((weight * loss).sum(), s.new_tensor(float(len(loss))))
@@ -57,11 +59,14 @@ def multi_class_vectors(
     are: other columns with the target's id in `item_ids [P]` (accidental hits), columns with log_q = +inf
     (padding, never a target; their vectors may be NaN), and the (query, column) pairs `excluded [E, 2]`
     (say, items watched before), but never the row's own target. `scale` is the inverse temperature.
+    ValueError for shapes that do not fit and for a row, a target or an excluded column out of range.
 
     Source: RRA Eq 3-4 over the whole corpus; in-batch with log_q: Yi et al. 2019.
     """
     if items.shape[1:] != queries.shape[1:] or row.shape != target.shape or row.dim() != 1:
         raise ValueError("expected queries [Q, D], items [P, D], row [M] and target [M]")
+    _check_range(row, len(queries), "row")
+    _check_range(target, len(items), "target")
     used, row = row.unique(return_inverse=True)
     row, order = row.sort(stable=True)
     target, weight = target[order], _weights(sample_weight, in_full(queries), len(order))[order]
@@ -77,10 +82,18 @@ def multi_class_vectors(
     at, column = special // max(len(items), 1), special % max(len(items), 1)
     logit = (q[at] * v[column]).sum(1) + bias[column]
     owner, cell = _kept_cells(special, hidden, ids, row, target)
-    beside = segment_logsumexp(logit[cell], owner, len(row))
+    beside = segment_sum_exp(logit[cell], owner, len(row))
     own = (q[row] * v[target]).sum(1) + bias[target]
     apart = torch.cat([special, hidden]).unique()
     return _blocked(q, v, bias, apart, row, target, own, beside, weight)
+
+
+def _check_range(index: Tensor, size: int, name: str) -> None:
+    """A ValueError unless all of `index` lie in 0 : size."""
+    if index.numel():
+        low, high = torch.stack(index.aminmax()).tolist()
+        if low < 0 or high >= size:
+            raise ValueError(f"{name} runs from {low} to {high}, expected 0 to {size - 1}")
 
 
 def _weights(sample_weight: Tensor | None, x: Tensor, rows: int) -> Tensor:
@@ -96,6 +109,7 @@ def _cells(excluded: Tensor | None, used: Tensor, columns: int) -> Tensor:
     """Sorted keys query * columns + column of the `excluded` pairs whose query (renumbered) is in `used`."""
     if excluded is None or not len(used):
         return used[:0]
+    _check_range(excluded[:, 1], columns, "excluded column")
     place = torch.searchsorted(used, excluded[:, 0].contiguous()).clamp(max=len(used) - 1)
     return (place * columns + excluded[:, 1])[used[place] == excluded[:, 0]].unique()
 
@@ -132,19 +146,22 @@ def _blocked(
     row: Tensor,
     target: Tensor,
     own: Tensor,
-    beside: Tensor,
+    beside: tuple[Tensor, Tensor],
     weight: Tensor,
 ) -> LossTerm:
-    """Sum over rows m of w_m (log(e^beside_m + sum_p e^(q_row[m] v_p + bias_p)) - own_m), by query blocks.
+    """Sum over rows m of w_m (log(beside_m + sum_p e^(q_row[m] v_p + bias_p)) - own_m), by query blocks.
 
     The sum over the columns p leaves out the cells `apart` (sorted keys); `row` is sorted too, and every
-    query has one. Value and gradient are formed in one pass: three products and one exp per cell.
+    query has one. `beside` comes as (peak, total), e^peak * total; peaks and totals stay apart throughout, so
+    that shares add up to 1 beside logits of any size. Value and gradient are formed in one pass: three
+    products and one exp per cell.
     """
+    beside_peak, beside_total = beside
     with forming_gradients(q.device):
         step = max(16, block_cells(q.device) // max(len(v), 1))
         edges = torch.arange(0, len(q) + step, step, device=q.device).clamp(max=len(q))
         bounds = torch.stack([edges, torch.searchsorted(row, edges), torch.searchsorted(apart, edges * len(v))])
-        log_norm, hit = torch.empty_like(own), torch.empty_like(own)
+        hit, top, norm = (torch.empty_like(own) for _ in range(3))
         dq, dv = torch.empty_like(q), torch.zeros_like(v)
         for (a, m, c), (b, n, d) in itertools.pairwise(bounds.t().tolist()):
             cells, query = torch.addmm(bias, q[a:b], v.t()), row[m:n] - a
@@ -152,12 +169,15 @@ def _blocked(
             hit[m:n] = cells[query, target[m:n]]
             peak = cells.amax(1).clamp_(min=torch.finfo(q.dtype).min)  # finite where nothing is left
             cells.sub_(peak.unsqueeze(1)).exp_()
-            log_norm[m:n] = (cells.sum(1).log() + peak)[query].logaddexp(beside[m:n])
-            share = segment_sum(weight[m:n] * (peak[query] - log_norm[m:n]).exp(), query, b - a).unsqueeze(1)
+            row_peak = peak[query]
+            top[m:n] = row_peak.maximum(beside_peak[m:n])
+            scale = (row_peak - top[m:n]).exp_()
+            norm[m:n] = cells.sum(1)[query] * scale + beside_total[m:n] * (beside_peak[m:n] - top[m:n]).exp_()
+            share = segment_sum(weight[m:n] * scale / norm[m:n], query, b - a).unsqueeze(1)
             dq[a:b] = (cells @ v).mul_(share)
             dv.addmm_(cells.t(), q[a:b] * share)
         hit = hit.where(hit > -math.inf, own)  # rounded like its normaliser: no loss falls below 0
-        total = (weight * (log_norm - hit)).sum()
-        dbeside = weight * (beside - log_norm).exp()
-    total = attach(total, (q, dq), (v, dv), (beside, dbeside), (own, -weight))
+        total = (weight * (norm.log() + (top - hit))).sum()
+        dbeside = weight * (beside_peak - top).exp() / norm
+    total = attach(total, (q, dq), (v, dv), (beside_total, dbeside), (own, -weight))
     return LossTerm(total, total.new_tensor(float(len(row))))

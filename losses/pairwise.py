@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from losses.blocks import Ledger, padded, pair_blocks
-from losses.segments import by_task, list_offsets
-from losses.term import LossTerm, forming_gradients, in_full, like
+from losses.segments import by_task, list_of, list_offsets, segment_max
+from losses.term import LossTerm, chosen_like, forming_gradients, in_full, weight_like
 
 
 def pairwise(
@@ -18,23 +18,24 @@ def pairwise(
     *,
     winner: Tensor | None = None,
     loser: Tensor | None = None,
-    weight: Tensor | None = None,
+    weight: Tensor | float | None = None,
 ) -> LossTerm:
     """Logistic loss of the pairs in which one candidate of a request should beat another; a unit is a pair.
 
     Sum of weight_i softplus(-(o_i - o_j)) over the pairs with priority_i > priority_j (equal priorities make
-    no pair), i in `winner`, j in `loser`. `offsets` is [R+1], all else [N], or [N, T] as `logits`; `winner`
-    and `loser` are bool, None = all. Logits of candidates in no pair may be NaN.
+    no pair), i in `winner`, j in `loser`. `offsets` is [R+1], all else [N], or [N, T] as `logits`; `weight`
+    may be a number; `winner` and `loser` are bool, None = all. Logits of candidates in no pair may be NaN.
 
     Source: FS-LTR (RecFlow Eq 1). Winners = positives: its PositiveRank (3.2.2); losers = stage samples: its
     auxiliary ranking loss (Eq 2); losers = random samples: BPR.
     """
     lists = list_offsets(offsets, logits)
-    winners, losers = _chosen(winner, logits, "winner"), _chosen(loser, logits, "loser")
+    p = padded(priority if priority.is_floating_point() else priority.long(), logits, "priority")
+    above, below = _not_last_nor_first(p[:-1], lists)
+    winners, losers = above & _chosen(winner, logits, "winner"), below & _chosen(loser, logits, "loser")
     with forming_gradients(logits.device):
         s, book = in_full(padded(logits, logits, "logits")), Ledger.empty(logits)
-        p = padded(priority, logits, "priority")
-        w = torch.ones_like(s) if weight is None else padded(weight, logits, "weight").to(s.dtype)
+        w = padded(weight_like(1.0 if weight is None else weight, logits, "weight"), logits, "weight")
         for i, j, real in pair_blocks(winners, losers, lists):
             pair = (p[i].unsqueeze(2) > p[j].unsqueeze(1)).logical_and_(real)
             deficit = (s[j].unsqueeze(1) - s[i].unsqueeze(2)).masked_fill_(~pair, -math.inf)
@@ -74,4 +75,14 @@ def soft_pairwise(student: Tensor, teacher: Tensor, offsets: Tensor, *, mask: Te
 def _chosen(mask: Tensor | None, logits: Tensor, name: str) -> Tensor:
     """[n] bool by task; None chooses everyone."""
     everyone = torch.ones_like(logits, dtype=torch.bool)
-    return by_task(everyone if mask is None else like(mask, logits, name))
+    return by_task(everyone if mask is None else chosen_like(mask, logits, name))
+
+
+def _not_last_nor_first(p: Tensor, lists: Tensor) -> tuple[Tensor, Tensor]:
+    """[n] bool each: who has a priority above the lowest of its list, and who has one below the highest.
+
+    Nobody else wins, or loses, a pair: a list with 5 positives among zeros costs 5 rows, not all.
+    """
+    segment, segments = list_of(lists), len(lists) - 1
+    lowest, highest = -segment_max(-p, segment, segments), segment_max(p, segment, segments)
+    return p > lowest[segment], p < highest[segment]

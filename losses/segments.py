@@ -25,12 +25,18 @@ def list_offsets(offsets: Tensor, logits: Tensor) -> Tensor:
     """`offsets [R+1]` of `logits` ([N] or [N, T]) for the layout of `by_task`: [T * R + 1]. Checks both."""
     if logits.dim() not in (1, 2):
         raise ValueError(f"logits have shape {list(logits.shape)}, expected [N] or [N, T]")
-    if offsets.dim() != 1 or not len(offsets) or offsets[[0, -1]].tolist() != [0, len(logits)]:
-        raise ValueError(f"offsets must be [R + 1] and run from 0 to the {len(logits)} candidates")
+    if offsets.dim() != 1 or not len(offsets) or not _partition(offsets, len(logits)):
+        raise ValueError(f"offsets must be [R + 1] and rise from 0 to the {len(logits)} candidates")
     if logits.dim() == 1:
         return offsets
     starts = len(logits) * torch.arange(logits.shape[1], device=offsets.device).unsqueeze(1) + offsets[:-1]
     return pad(starts.flatten(), (0, 1), value=logits.numel())
+
+
+def _partition(offsets: Tensor, candidates: int) -> bool:
+    """Whether `offsets` cut 0 : candidates into requests; one wait for the device."""
+    ends = offsets[0] == 0, offsets[-1] == candidates
+    return bool(torch.stack([*ends, (offsets.diff() >= 0).all()]).all())
 
 
 def ranges(start: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,12 +61,14 @@ def segment_max(x: Tensor, segment: Tensor, segments: int) -> Tensor:
     return x.new_zeros(segments).scatter_reduce(0, segment, x.detach(), "amax", include_self=False)
 
 
-def segment_logsumexp(x: Tensor, segment: Tensor, segments: int) -> Tensor:
-    """[segments]: log of the sum of exp(x) by segment; -inf where a segment is empty."""
+def segment_sum_exp(x: Tensor, segment: Tensor, segments: int) -> tuple[Tensor, Tensor]:
+    """[segments] each: the sum of exp(x) by segment as exp(peak) * total; (-inf, 0) where one is empty.
+
+    Apart, because peak + log(total) rounds the total away where the peak is large. No gradient by the peak.
+    """
     peak = segment_max(x, segment, segments)
     total = segment_sum((x - peak[segment]).exp(), segment, segments)
-    empty = total == 0
-    return total.masked_fill(empty, 1).log().masked_fill(empty, -math.inf) + peak
+    return peak.masked_fill(total == 0, -math.inf), total
 
 
 def segment_log_softmax(x: Tensor, segment: Tensor, segments: int) -> Tensor:

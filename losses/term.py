@@ -34,6 +34,18 @@ def like(x: Tensor, logits: Tensor, name: str) -> Tensor:
     raise ValueError(f"{name} has shape {list(x.shape)}, expected {expected}")
 
 
+def chosen_like(mask: Tensor, logits: Tensor, name: str) -> Tensor:
+    """A mask (bool, or 0 and 1 of any dtype; [N], or [N, T] as `logits`) as bool in the shape of `logits`."""
+    return like(mask, logits, name).bool()
+
+
+def weight_like(x: Tensor | float, logits: Tensor, name: str) -> Tensor:
+    """Weights (a number, [N], or [N, T] as `logits`) in the shape of `logits`, detached, for reductions."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    x = torch.as_tensor(x, dtype=dtype, device=logits.device).detach()
+    return like(x, logits, name) if x.dim() else x.expand_as(logits)
+
+
 def check_positive(**settings: float) -> None:
     """A ValueError naming the first setting that is not above 0."""
     for name, value in settings.items():
@@ -52,25 +64,42 @@ class _Attach(torch.autograd.Function):
     """The identity on `total`, with gradients given instead of derived."""
 
     @staticmethod
-    def forward(ctx: Any, total: Tensor, *inputs_then_gradients: Tensor) -> Tensor:
-        half = len(inputs_then_gradients) // 2
-        ctx.save_for_backward(*inputs_then_gradients[half:])
+    def forward(ctx: Any, total: Tensor, count: int, *inputs_gradients_links: Tensor) -> Tensor:
+        ctx.count = count
+        ctx.save_for_backward(*inputs_gradients_links[count:])
         return total.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = [upstream * gradient for gradient in ctx.saved_tensors]
-        return None, *gradients, *[None] * len(gradients)
+        gradients, links = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        once = [_Once.apply(upstream * x, link) for x, link in zip(gradients, links, strict=True)]
+        return None, None, *once, *[None] * (2 * ctx.count)
+
+
+class _Once(torch.autograd.Function):
+    """The identity on a gradient, and an error for who differentiates it.
+
+    torch's own once_differentiable cuts the graph here: as one term of several, the second derivative would
+    silently lack this one. `link` holds no numbers, only the place of the input in the graph.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, link: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        raise RuntimeError("this loss has no second derivative: its gradient is formed by hand")
 
 
 def attach(total: Tensor, *inputs: tuple[Tensor, Tensor]) -> Tensor:
     """`total` ([] or [T]) as a node of the graph, from (input, d total / d input) pairs formed beside it.
 
     Formed while a block is in cache, the gradient spares a backward that recomputes, and nothing of the size
-    of all pairs outlives its block. A [T] total goes with inputs [N, T]. No second derivative.
+    of all pairs outlives its block. A [T] total goes with inputs [N, T]. A second derivative is a RuntimeError.
     """
-    return _Attach.apply(total, *(x for x, _ in inputs), *(gradient for _, gradient in inputs))
+    tensors, gradients = zip(*inputs, strict=True)
+    return _Attach.apply(total, len(inputs), *tensors, *gradients, *(x[:0].clone() for x in tensors))
 
 
 def sum_units(value: Tensor, mask: Tensor | None) -> LossTerm:

@@ -21,7 +21,8 @@ from towers.mlp import GroupedLinear, GroupedMlp, Mlp, check_layers
 BETA, GAMMA, ZETA = 2.0 / 3.0, -0.1, 1.1
 
 
-def _check_positive(**counts: int) -> None:
+def check_counts(**counts: int) -> None:
+    """Raise ValueError for a count below 1."""
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
@@ -49,7 +50,7 @@ class Mmoe:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_positive(experts=self.experts)
+        check_counts(experts=self.experts)
         check_layers(self.hidden, self.dropout)
 
 
@@ -71,7 +72,7 @@ class Ple:
     def __post_init__(self) -> None:
         if self.task_experts < 0:
             raise ValueError(f"task_experts must not be negative, got {self.task_experts}")
-        _check_positive(shared_experts=self.shared_experts, layers=self.layers)
+        check_counts(shared_experts=self.shared_experts, layers=self.layers)
         check_layers(self.hidden, self.dropout)
 
 
@@ -93,7 +94,7 @@ class Snr:
     def __post_init__(self) -> None:
         if self.mode not in ("trans", "aver"):
             raise ValueError(f"mode must be trans or aver, got {self.mode!r}")
-        _check_positive(subnetworks=self.subnetworks)
+        check_counts(subnetworks=self.subnetworks)
         check_layers(self.hidden, self.dropout)
 
 
@@ -306,7 +307,7 @@ def build_trunk(config: Trunk, *, tasks: int, seed: int = 0) -> SharedBottomTrun
 
     `seed` seeds the gates of SNR. ValueError without a task.
     """
-    _check_positive(tasks=tasks)
+    check_counts(tasks=tasks)
     match config:
         case SharedBottom():
             return SharedBottomTrunk(config, tasks=tasks)

@@ -1,7 +1,7 @@
 """Dense layers: a plain stack, a first layer factored over request and candidate, and one layer per group."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,13 @@ def check_layers(hidden: Sequence[int], dropout: float) -> None:
         raise ValueError(f"hidden must be one or more positive widths, got {list(hidden)}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+
+
+def check_fusion(weights: Mapping[str, float]) -> None:
+    """Raise ValueError for a task's weight that is not a finite number."""
+    for task, weight in weights.items():
+        if not math.isfinite(weight):
+            raise ValueError(f"fusion weight of {task} must be finite, got {weight}")
 
 
 class Mlp(nn.Sequential):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from towers.gate import Gate, GateUnit
-from towers.mixtures import SharedBottom, Trunk, build_trunk
-from towers.mlp import TaskTower
+from towers.mixtures import SharedBottom, Trunk, build_trunk, check_counts
+from towers.mlp import TaskTower, check_fusion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,10 @@ class PreRanking:
     trunk: Trunk = SharedBottom()
     dim: int = 32  # of the vectors of a vector product
     fusion: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_counts(dim=self.dim)
+        check_fusion(self.fusion)
 
 
 class _Side(nn.Module):

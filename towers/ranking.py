@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from towers.mixtures import SharedBottom, Trunk, build_trunk
-from towers.mlp import FactoredLinear, TaskTower
+from towers.mlp import FactoredLinear, TaskTower, check_fusion, check_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,10 @@ class Ranking:
     trunk: Trunk = SharedBottom()
     task_hidden: tuple[int, ...] = ()
     fusion: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_layers(self.task_hidden or (1,), 0.0)
+        check_fusion(self.fusion)
 
 
 class RankingHead(nn.Module):

@@ -8,8 +8,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from towers.mixtures import SharedBottom, Trunk, build_trunk
-from towers.mlp import Mlp, TaskTower
+from towers.mixtures import SharedBottom, Trunk, build_trunk, check_counts
+from towers.mlp import Mlp, TaskTower, check_fusion, check_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,9 @@ class Retrieval:
     fusion: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_counts(dim=self.dim)
+        check_layers(self.item_hidden or (1,), 0.0)
+        check_fusion(self.fusion)
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}; expected more than 0")
 

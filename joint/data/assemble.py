@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -37,14 +37,15 @@ class Assembler:
         pool: np.ndarray,
         *,
         position: Position,
-        all_rows: bool = False,
+        scoring: Collection[str] | None = None,
     ) -> Batch:
         """The batch of these requests.
 
         Args:
             pool: item indices of this rank's slice of the corpus, -1 for padding.
             position: of the batch that follows.
-            all_rows: every head scores every candidate (evaluation), not only those its objectives need.
+            scoring: heads that score every candidate while the others score none (evaluation); None: every head
+                scores those that its objectives need.
         """
         histories = {name: requests.lists(name).newest(n) for name, n in self.plan.history_lengths.items()}
         unknown = 0
@@ -79,7 +80,7 @@ class Assembler:
             observed=observed,
             request_id=torch.from_numpy(requests.scalars("request_id").copy()),
             group=torch.from_numpy(requests.scalars("group").astype(np.int64)),
-            head_rows=self._head_rows(stages, all_rows),
+            head_rows=self._head_rows(stages, scoring),
             pool_item=torch.from_numpy(pool),
             excluded=_pairs(not_eligible(requests, self.plan.config)),
             requests=len(requests),
@@ -124,10 +125,9 @@ class Assembler:
         assert isinstance(column, np.ndarray)
         return items.with_values(np.where(items.values >= 0, column[items.values], 0))
 
-    def _head_rows(self, stages: Tensor, all_rows: bool) -> dict[str, Tensor]:
-        everything = torch.arange(len(stages))
-        if all_rows:
-            return dict.fromkeys(self.head_spaces, everything)
+    def _head_rows(self, stages: Tensor, scoring: Collection[str] | None) -> dict[str, Tensor]:
+        if scoring is not None:
+            return {head: torch.arange(len(stages) if head in scoring else 0) for head in self.head_spaces}
         return {head: stage_mask(space, stages).nonzero().flatten() for head, space in self.head_spaces.items()}
 
 
@@ -170,6 +170,13 @@ def _jagged(keys: Sequence[Key], values: dict[Key, Ragged]) -> KeyedJaggedTensor
         values=torch.from_numpy(np.concatenate([values[key].values for key in keys])),
         lengths=torch.from_numpy(np.concatenate([values[key].lengths for key in keys])),
     )
+
+
+def positives(candidates: Candidates, task: Task) -> np.ndarray:
+    """Exposures with the task's feedback, bool [N]: what counts as positive everywhere."""
+    exposed = (candidates.stages & Stage.EXPOSED) != 0
+    with np.errstate(invalid="ignore"):  # not observed is NaN, which is no positive
+        return exposed & (candidates.labels[task.label] >= task.at_least)
 
 
 def _labels(candidates: Candidates, tasks: Sequence[Task]) -> tuple[Tensor, Tensor, Tensor]:

@@ -59,9 +59,13 @@ class Dataset:
         path = self.directory / part.path
         names = [name for name in self.columns() if name != "split"]
         try:
-            return from_arrow(pq.ParquetFile(path).read_row_groups(list(groups), columns=names))
+            requests = from_arrow(pq.ParquetFile(path).read_row_groups(list(groups), columns=names))
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: row groups {list(groups)} cannot be read ({error})") from error
+            reason = str(error).splitlines()[0]
+            raise DataError(f"{path}: row groups {list(groups)} cannot be read ({reason})") from error
+        for name in ("candidates", *(history.name for history in self.schema.histories)):
+            _check_items(path, name, requests.lists(name).values, self.schema.items)
+        return requests
 
     def read_split(self, split: str) -> Requests:
         """All requests of a split at once, in time order: for evaluation and baselines."""
@@ -70,6 +74,8 @@ class Dataset:
 
     def _read_catalogue(self) -> dict[str, Column]:
         path = self.directory / "items.parquet"
+        if not self.schema.items:
+            raise DataError(f"{path}: the catalogue is empty; expected at least one item")
         table = _open(path, pq.read_table)
         if table.num_rows != self.schema.items:
             raise DataError(f"{path}: {table.num_rows} items; dataset.json says {self.schema.items}")
@@ -94,6 +100,13 @@ def _open(path: Path, reader: Callable[[Path], T]) -> T:
         raise DataError(f"{path}: not found, though dataset.json names it") from error
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a whole Parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _check_items(path: Path, column: str, items: np.ndarray, count: int) -> None:
+    if len(items) and not (items.min() >= 0 and items.max() < count):
+        raise DataError(
+            f"{path}: column {column} has items {items.min()} to {items.max()}; the catalogue has 0 to {count - 1}"
+        )
 
 
 def _require(path: Path, wanted: Sequence[str], found: Sequence[str]) -> None:

@@ -19,11 +19,11 @@ from joint.data.dataset import DatasetWriter, ragged_vocabulary_ids, vocabulary_
 from joint.data.movielens_files import Tables, read_tables
 from joint.data.ragged import Ragged, draw
 from joint.data.requests import Column, Requests
-from joint.schema import PARTS, Feature, History, Schema, Stage
+from joint.schema import SPLITS, Feature, History, Schema, Stage
 
 POSITIVE = 4.0
 HELD_OUT = 5  # positives a user, at most
-HISTORY = 1000  # newest events a request keeps; no user of ML-100K has more
+HISTORY = 1000  # newest events a training request keeps; held-out ones keep all, so that nothing is recommended again
 CHUNK = 131_072  # requests built and written at a time: their histories are most of a dataset
 CITATION = """MovieLens: F. Maxwell Harper and Joseph A. Konstan. 2015. The MovieLens Datasets: History and Context.
 ACM Transactions on Interactive Intelligent Systems 5, 4. https://doi.org/10.1145/2827872
@@ -44,10 +44,11 @@ def prepare_movielens(source: Path, out: Path, *, run: int, seed: int, overwrite
         item_features, catalogue = _catalogue(tables.items, writer)
         user_features, users = _users(tables, writer)
         events = _in_order(tables.ratings, users.index, pd.Index(tables.items.item), seed)
+        # Splits are cut per user, so no order of days holds across users: all requests are one day, the log's last.
         day = str(pd.to_datetime(events.timestamp.max(), unit="s").date())
         groups = _activity_groups(events)
         writer.items(catalogue)
-        for split in PARTS:
+        for split in SPLITS:
             for requests in _requests(events, users, groups, split, run if split == "train" else None):
                 writer.add(requests, day=day, split=split)
         rating_ids = Feature(name="rating", level="event", kind="id", size=11)
@@ -103,7 +104,7 @@ def _requests(
             "timestamp": timestamp[rows],
             "group": groups[user],
             **{name: users[name].to_numpy()[user] for name in users},
-            **_histories(events, user, starts[rows]),
+            **_histories(events, user, starts[rows], HISTORY if run else None),
             "candidates": candidates,
             "stages": candidates.with_values(np.full(len(candidates.values), Stage.EXPOSED, np.uint16)),
             "rating": _cut(events.rating.to_numpy(np.float32), starts[rows], lengths[rows]),
@@ -111,15 +112,16 @@ def _requests(
         yield Requests(columns)
 
 
-def _histories(events: pd.DataFrame, user: np.ndarray, starts: np.ndarray) -> dict[str, Column]:
-    """What the user rated, and what the user liked, before event `starts`; the newest HISTORY, oldest first."""
+def _histories(events: pd.DataFrame, user: np.ndarray, starts: np.ndarray, most: int | None) -> dict[str, Column]:
+    """What the user rated, and what the user liked, before event `starts`, oldest first; the newest `most`, or all."""
     begins = np.searchsorted(events.user, user)
-    seen = np.minimum(starts - begins, HISTORY)
+    most = most or len(events)
+    seen = np.minimum(starts - begins, most)
     items = events.item.to_numpy(np.int32)
     halves = (events.rating.to_numpy() * 2).astype(np.int8)  # half stars are the ids 1 .. 10
     liked = np.flatnonzero(events.rating >= POSITIVE)
     likes_before = np.searchsorted(liked, starts)
-    likes = np.minimum(likes_before - np.searchsorted(liked, begins), HISTORY)
+    likes = np.minimum(likes_before - np.searchsorted(liked, begins), most)
     return {
         "rated": _cut(items, starts - seen, seen),
         "rated.rating": _cut(halves, starts - seen, seen),

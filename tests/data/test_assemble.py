@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from joint.batch import Batch
+from joint.config import HEADS
 from joint.data.assemble import Assembler, logged, not_eligible
 from joint.data.order import Position
 from joint.data.ragged import Ragged
@@ -30,7 +31,7 @@ def requests(assembler: MakeAssembler) -> Requests:
 
 def build(made: Assembler, requests: Requests, *, all_rows: bool = False) -> Batch:
     candidates = logged(requests, made.dataset)
-    return made(requests, candidates, POOL, position=POSITION, all_rows=all_rows)
+    return made(requests, candidates, POOL, position=POSITION, scoring=HEADS if all_rows else None)
 
 
 def looked_up(batch: Batch) -> dict[str, list[list[int]]]:
@@ -199,7 +200,7 @@ def test_excluded_pairs_come_from_all_named_histories(assembler: MakeAssembler, 
 def test_the_whole_catalogue_as_candidates(assembler: MakeAssembler, requests: Requests) -> None:
     made = assembler()
     items = eligible_items(not_eligible(requests, made.plan.config), made.dataset.schema.items)
-    batch = made(requests, unlabelled(items, made.dataset.schema.labels), POOL, position=POSITION, all_rows=True)
+    batch = made(requests, unlabelled(items, made.dataset.schema.labels), POOL, position=POSITION, scoring=HEADS)
     assert len(batch.item) == made.dataset.schema.items * len(requests) - len(
         {tuple(p) for p in batch.excluded.tolist()}
     )

@@ -19,7 +19,7 @@ from joint.data.movielens import prepare_movielens
 from joint.data.movielens_files import read_tables
 from joint.data.ragged import Ragged, draw
 from joint.errors import DataError
-from joint.schema import PARTS, Schema, Stage
+from joint.schema import SPLITS, Schema, Stage
 
 Write = Callable[[Any, Path], None]
 Layouts = dict[str, Write]
@@ -45,7 +45,7 @@ def oracle(log: Any, seed: int, run: int, most: int) -> dict[str, list[tuple]]:
     """Split -> requests (user, time, items, ratings, history, liked), one rating at a time, in raw ids."""
     users = sorted({row[0] for row in log.ratings})
     items = [item[0] for item in log.items]
-    found: dict[str, list[tuple]] = {split: [] for split in PARTS}
+    found: dict[str, list[tuple]] = {split: [] for split in SPLITS}
     by_user = defaultdict(list)
     for user, item, rating, time in log.ratings:
         tie = int(draw(seed, users.index(user), items.index(item)))
@@ -65,8 +65,9 @@ def oracle(log: Any, seed: int, run: int, most: int) -> dict[str, list[tuple]]:
         for split, begin, end in spans:
             if begin < end:
                 before = events[:begin]
-                history = [(item, rating) for _, _, item, rating in before][-most:]
-                liked = [item for _, _, item, rating in before if rating >= 4][-most:]
+                newest = most if split == "train" else len(events)
+                history = [(item, rating) for _, _, item, rating in before][-newest:]
+                liked = [item for _, _, item, rating in before if rating >= 4][-newest:]
                 shown = [(item, rating) for _, _, item, rating in events[begin:end]]
                 found[split].append((user, events[begin][0], shown, history, liked))
     return found
@@ -105,7 +106,7 @@ def test_protocol_against_a_slow_one(
     prepare(tmp_path / "raw", tmp_path / "out", run=run)
     dataset = Dataset(tmp_path / "out")
     expected = oracle(log, SEED, run, most)
-    for split in PARTS:
+    for split in SPLITS:
         found = prepared(dataset, split)
         assert sorted(found) == sorted(expected[split])
         assert [row[1] for row in found] == sorted(row[1] for row in found)
@@ -153,7 +154,7 @@ def test_one_user_and_one_rating(log: Any, layouts: Layouts, tmp_path: Path) -> 
     log.ratings[1:] = []
     layouts["csv"](log, tmp_path / "raw")
     schema = prepare(tmp_path / "raw", tmp_path / "out")
-    assert [schema.requests(split) for split in PARTS] == [1, 0, 0]
+    assert [schema.requests(split) for split in SPLITS] == [1, 0, 0]
     assert prepared(Dataset(tmp_path / "out"), "train")[0][3:] == ([], [])
 
 
@@ -190,7 +191,7 @@ def test_csv_gives_the_same_without_users(
     made = Dataset(tmp_path / "out")
     known = {"age", "gender", "occupation", "zip_code"}
     assert made.schema.features == tuple(f for f in dataset.schema.features if f.name not in known)
-    for split in PARTS:
+    for split in SPLITS:
         assert prepared(made, split) == prepared(dataset, split)
     assert (tmp_path / "out" / "items.parquet").read_bytes() == (dataset.directory / "items.parquet").read_bytes()
 

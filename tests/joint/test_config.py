@@ -55,6 +55,14 @@ def test_the_config_of_the_readme_is_read_and_written_back(tmp_path):
         ("evaluation.k=[]", "evaluation", "k is empty"),
         ("evaluation.task=lik", "evaluation.task", "did you mean like?"),
         ("evaluation.valid=train", "train.evaluate_every_epochs", "validates nothing"),
+        ("evaluation.quotas.ranking=50", "evaluation.quotas", "cannot keep more than the one before"),
+        ("data.train=[train,test]", "data.train", "evaluation.test measures on"),
+        ("data.train=[train,train]", "data.train", "a part twice"),
+        ("objectives.negatives.head=retrieval", "objectives.negatives.head", "no other head has one"),
+        ("objectives.retrieve.shown_weight=-3", "objectives.retrieve", "shown_weight is -3"),
+        ("objectives.student.positive_weight=-2", "objectives.student", "positive_weight is -2"),
+        ("heads.ranking.fusion.watch=nan", "heads.ranking", "must be finite"),
+        ("heads.pre_ranking.dim=0", "heads.pre_ranking", "dim must be at least 1"),
         ("run.name=../elsewhere", "run", "one plain folder name"),
         ("optimizer.dense.lr=-1", "optimizer.dense", "lr must be at least 0"),
         ("heads.ranking=null", "objectives.teacher.head", "no head 'ranking'"),
@@ -96,7 +104,7 @@ def test_all_mistakes_come_at_once(config_path, dataset):
 
 def test_the_funnel_begins_with_retrieval(config_path, dataset):
     text = message(config_path, dataset.schema, "evaluation.quotas.retrieval=null")
-    assert "the funnel begins with retrieval" in text
+    assert "expected in the funnel's order, from retrieval on; found pre_ranking, ranking" in text
 
 
 def test_a_moved_run_or_dataset_is_the_same_config(config_path):

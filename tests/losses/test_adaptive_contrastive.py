@@ -203,11 +203,59 @@ def test_order_split_and_block_size_do_not_matter(ragged: Any, monkeypatch: pyte
     assert_close(tuple(adaptive_contrastive(s, first, second, x, offsets)), tuple(whole))
 
 
+@pytest.mark.parametrize("size", [-1e4, 1e4, 1e8, -1e30])
+def test_in_float32_large_logits_do_not_round_the_weights_away(size: float) -> None:
+    s = torch.full((3,), size, requires_grad=True)
+    one = torch.tensor([True, False, False])
+    term = adaptive_contrastive(s, one, ~one, torch.ones(3, 2), torch.tensor([0, 3]))
+    rest = 1.0 + (2.0 if size > 0 else 0.0)  # similarities 1/2 and 1/2, and the sigmoids
+    assert_close(term.total.item(), math.log(1 + rest), rtol=1e-6, atol=0)
+    expected = torch.tensor([-rest, rest / 2, rest / 2]) / (1 + rest)
+    assert_close(gradient(term, s), expected)
+
+
+def test_returned_fixed_weights_have_similarity_0_and_confidence_1(ragged: Any) -> None:
+    s, *rest = ragged.tensors(*FIELDS)
+    term, fixed = adaptive_contrastive(s, *rest, delta=0.5, adaptive=False, return_weights=True)
+    _, adaptive = adaptive_contrastive(s, *rest, return_weights=True)
+    assert_close(fixed[:3], adaptive[:3])
+    assert len(fixed.positive) > 5
+    assert_close(fixed[3:], (torch.zeros_like(adaptive.similarity), torch.ones_like(adaptive.confidence)))
+    assert_close(tuple(term), tuple(adaptive_contrastive(s, *rest, delta=0.5, adaptive=False)))
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_delta_0_leaves_units_without_loss(ragged: Any, adaptive: bool) -> None:
+    s, *rest = ragged.tensors(*FIELDS)
+    s.requires_grad_()
+    term = adaptive_contrastive(s, *rest, delta=0.0, adaptive=adaptive)
+    assert term.total == 0
+    assert term.count == adaptive_contrastive(s, *rest).count > 3
+    assert not gradient(term, s).any()
+
+
+@pytest.mark.parametrize("tasks", [(), (2,)])
+def test_vectors_without_dimensions_have_cosine_0(ragged: Any, tasks: tuple[int, ...]) -> None:
+    s, first, second, _, offsets = ragged.tensors(*FIELDS)
+    s = s if not tasks else torch.stack([s, -s], 1)
+    nothing, zeros = (torch.zeros(*s.shape, width, dtype=s.dtype) for width in (0, 3))
+    term, expected = (adaptive_contrastive(s, first, second, x, offsets) for x in (nothing, zeros))
+    assert_close(tuple(term), tuple(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+def test_masks_of_0_and_1_may_have_any_dtype(ragged: Any, dtype: torch.dtype) -> None:
+    s, first, second, x, offsets = ragged.tensors(*FIELDS)
+    term = adaptive_contrastive(s, first.to(dtype), second.to(dtype), x, offsets)
+    assert_close(tuple(term), tuple(adaptive_contrastive(s, first, second, x, offsets)))
+
+
 def test_misuse_is_a_value_error() -> None:
     s, mask, offsets = torch.zeros(3), torch.ones(3, dtype=torch.bool), torch.tensor([0, 3])
     with pytest.raises(ValueError, match="features have shape"):
         adaptive_contrastive(s, mask, mask, torch.zeros(2, 4), offsets)
-    with pytest.raises(ValueError, match="delta"):
-        adaptive_contrastive(s, mask, mask, torch.zeros(3, 4), offsets, delta=0.0)
-    with pytest.raises(ValueError, match="return_weights"):
-        adaptive_contrastive(s, mask, mask, torch.zeros(3, 4), offsets, adaptive=False, return_weights=True)
+    for delta in (-1.0, math.nan):
+        with pytest.raises(ValueError, match="delta"):
+            adaptive_contrastive(s, mask, mask, torch.zeros(3, 4), offsets, delta=delta)
+    with pytest.raises(ValueError, match="temperature"):
+        adaptive_contrastive(s, mask, mask, torch.zeros(3, 4), offsets, temperature=0.0)

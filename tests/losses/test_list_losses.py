@@ -146,8 +146,48 @@ def test_order_within_a_request_and_split_over_ranks_do_not_matter(loss: Any, ra
     assert_close((left.total + right.total, left.count + right.count), tuple(whole))
 
 
+@pytest.mark.parametrize("size", [1e30, -1e30])
+def test_list_mle_of_equal_huge_logits(size: float) -> None:
+    s = torch.full((2,), size, requires_grad=True)
+    term = list_mle(s, torch.zeros(2), torch.tensor([0, 2]))
+    assert_close(term.total.item(), math.log(2))
+    assert_close(gradient(term, s), torch.tensor([-0.5, 0.5]))
+
+
+def test_list_mle_of_small_logits_behind_a_huge_one() -> None:
+    offsets, t = torch.tensor([0, 5]), torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
+    s = torch.tensor([1e30, 5.0, 5.5, -1e4, 2.0], requires_grad=True)
+    rest = s.detach()[1:].double().requires_grad_()  # the first one is as good as sure
+    term, expected = list_mle(s, t, offsets), list_mle(rest, t[1:], torch.tensor([0, 4]))
+    assert_close(term.total.double(), expected.total, rtol=1e-6, atol=0)
+    assert_close(gradient(term, s), torch.cat([torch.zeros(1), gradient(expected, rest).float()]))
+    late = list_mle(s, -t, offsets)  # in its way now
+    assert_close(late.total.item(), 4e30, rtol=1e-6, atol=0)
+    assert_close(gradient(late, s), torch.tensor([4.0, -1.0, -1.0, -1.0, -1.0]))
+
+
+@each
+def test_an_integer_teacher_is_its_numbers(loss: Any, ragged: Any) -> None:
+    s, t, offsets = ragged.tensors("logits", "priority", "offsets")
+    assert_close(tuple(loss(s, t, offsets)), tuple(loss(s, t.double(), offsets)))
+
+
+def test_list_mle_has_no_second_derivative_and_list_net_has_its_own(ragged: Any) -> None:
+    s, t, offsets = ragged.tensors("logits", "teacher", "offsets")
+    s.requires_grad_()
+    slope = torch.autograd.grad(list_mle(s, t, offsets).total, s, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad((slope + s).sum(), s)  # beside another term, too
+    assert torch.autograd.gradgradcheck(lambda x: list_net(x, t, offsets).total, s)
+
+
 def test_misuse_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="teacher has shape"):
         list_net(torch.zeros(3), torch.zeros(2), torch.tensor([0, 3]))
     with pytest.raises(ValueError, match="offsets"):
         list_mle(torch.zeros(3), torch.zeros(3), torch.tensor([1, 3]))
+    for offsets in ([], [0, 2, 1, 3], [0, 3, 2], [[0, 3]]):
+        with pytest.raises(ValueError, match=r"offsets must be \[R \+ 1\] and rise from 0 to the 3"):
+            list_net(torch.zeros(3), torch.zeros(3), torch.tensor(offsets, dtype=torch.long))
+    with pytest.raises(ValueError, match="offsets must be"):
+        list_net(torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.long))

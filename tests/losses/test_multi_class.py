@@ -292,6 +292,62 @@ def test_autocast_and_bf16_leave_reductions_in_float32(pool: Pool) -> None:
     assert gradients(term, low)[0].dtype == torch.bfloat16
 
 
+def test_equal_huge_logits_share_the_gradient() -> None:
+    q, v = torch.ones(1, 1, requires_grad=True), torch.full((2, 1), 1e30, requires_grad=True)
+    for ids in (None, torch.tensor([1, 2])):
+        term = multi_class_vectors(q, v, torch.tensor([0]), torch.tensor([0]), item_ids=ids)
+        assert_close(term.total.item(), math.log(2))
+        assert_close(gradients(term, q, v), (torch.zeros(1, 1), torch.tensor([[-0.5], [0.5]])))
+
+
+@pytest.mark.parametrize("size", [1.0, 1e4, 1e6, 1e8])
+@pytest.mark.parametrize("apart", [False, True])
+def test_in_float32_the_shares_of_a_thousand_equal_items_add_up(size: float, apart: bool) -> None:
+    q, v = torch.full((1, 1), size), torch.ones(1000, 1, requires_grad=True)
+    row, target = torch.tensor([0, 0]), torch.tensor([0, 1])
+    ids = torch.arange(1000) // 2 if apart else None  # targets beside their normaliser; each hides the other
+    term = multi_class_vectors(q, v, row, target, item_ids=ids)
+    assert_close(term.total.item(), 2 * math.log(999 if apart else 1000), rtol=1e-6, atol=0)
+    slope = gradients(term, v)[0] / size
+    assert_close(slope.sum().item(), 0.0, atol=1e-5, rtol=0)
+    assert_close(slope[2:], torch.full((998, 1), 2 / (999 if apart else 1000)))
+
+
+@pytest.mark.parametrize("size", [1e4, -1e8, 1e30])
+def test_in_float32_large_logits_do_not_round_log_q_away(size: float) -> None:
+    log_q, target = torch.tensor([-1.1, -2.3, -0.7]), torch.tensor([1])
+    logits = torch.full((1, 3), size, requires_grad=True)
+    exact = -log_q.double().requires_grad_()
+    term, expected = multi_class(logits, target, log_q=log_q), multi_class(exact.unsqueeze(0), target)
+    assert_close(term.total.double(), expected.total, rtol=1e-6, atol=0)
+    assert_close(gradients(term, logits)[0].double(), gradients(expected, exact)[0].unsqueeze(0), rtol=1e-5, atol=0)
+
+
+def test_the_level_of_a_row_is_that_of_what_it_keeps() -> None:
+    logits, log_q = torch.tensor([[1e30, 1.0, 2.0], [0.5, math.nan, 0.25]]), torch.tensor([math.inf, -0.2, -0.3])
+    mask = torch.tensor([[True, True, True], [True, False, True]])
+    term = multi_class(logits, torch.tensor([1, 2]), log_q=log_q, mask=mask)
+    assert_close(term.total.item(), float(np.logaddexp(0, 2.3 - 1.2)))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+def test_masks_of_0_and_1_may_have_any_dtype(pool: Pool, dtype: torch.dtype) -> None:
+    s = pool.queries[pool.row] @ pool.items.t()
+    term = multi_class(s, pool.target, log_q=pool.log_q, mask=pool.keep().to(dtype))
+    assert_close(term, multi_class(s, pool.target, log_q=pool.log_q, mask=pool.keep()))
+
+
+def test_a_second_derivative_is_an_error_of_the_blocked_form_alone(pool: Pool) -> None:
+    q, v = pool.queries.requires_grad_(), pool.items.requires_grad_()
+    for x in (q, v):
+        slope = torch.autograd.grad(pool.blocked(q, v).total, x, create_graph=True)[0]
+        with pytest.raises(RuntimeError, match="second derivative"):
+            torch.autograd.grad((slope + x).sum(), x)  # beside another term, too
+    logits = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    log_q = torch.randn(3, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(lambda x: multi_class(x, torch.tensor([0, 2]), log_q=log_q).total, logits)
+
+
 def test_misuse_is_a_value_error() -> None:
     x, at = torch.zeros(3, 2), torch.arange(3)
     with pytest.raises(ValueError, match=r"\[M, C\]"):
@@ -300,3 +356,8 @@ def test_misuse_is_a_value_error() -> None:
         multi_class(x, at % 2, sample_weight=torch.ones(2))
     with pytest.raises(ValueError, match="queries"):
         multi_class_vectors(x, torch.zeros(3, 4), at, at)
+    for row, target, name in (([-1], [0], "row"), ([3], [0], "row"), ([0], [-1], "target"), ([0], [3], "target")):
+        with pytest.raises(ValueError, match=f"{name} runs from"):
+            multi_class_vectors(x, x, torch.tensor(row), torch.tensor(target))
+    with pytest.raises(ValueError, match="excluded column"):
+        multi_class_vectors(x, x, at, at, excluded=torch.tensor([[0, -1]]))

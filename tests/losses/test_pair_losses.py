@@ -237,6 +237,53 @@ def test_bf16_logits_are_upcast() -> None:
     assert gradient(term, s).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+def test_masks_of_0_and_1_may_have_any_dtype(ragged: Any, dtype: torch.dtype) -> None:
+    s, t, p, offsets, win, lose = ragged.tensors("logits", "teacher", "priority", "offsets", "first", "second")
+    term = pairwise(s, p, offsets, winner=win.to(dtype), loser=lose.to(dtype))
+    assert_close(tuple(term), tuple(pairwise(s, p, offsets, winner=win, loser=lose)))
+    assert_close(soft_pairwise(s, t, offsets, mask=win.to(dtype)), soft_pairwise(s, t, offsets, mask=win))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.bfloat16])
+def test_priorities_may_have_any_dtype(ragged: Any, dtype: torch.dtype) -> None:
+    s, t, p, offsets = ragged.tensors("logits", "teacher", "priority", "offsets")
+    for logits in (s, torch.stack([s, t], 1)):
+        assert_close(pairwise(logits, p.to(dtype), offsets), pairwise(logits, p, offsets))
+
+
+@pytest.mark.parametrize("weight", [2.5, torch.tensor(2.5)])
+def test_one_weight_for_all_pairs(ragged: Any, weight: Tensor | float) -> None:
+    s, p, offsets = ragged.tensors("logits", "priority", "offsets")
+    term, plain = pairwise(s, p, offsets, weight=weight), pairwise(s, p, offsets)
+    assert_close(tuple(term), (2.5 * plain.total, plain.count))
+
+
+def test_one_winner_costs_one_row_without_being_named() -> None:
+    s, offsets = torch.randn(8000), torch.tensor([0, 8000])
+    p = torch.zeros(8000).index_fill(0, torch.tensor([17]), 1.0)
+    with LargestTensor() as largest:
+        term = pairwise(s, p, offsets)
+    assert largest.size <= 3 * 8001
+    assert_close(tuple(term), tuple(pairwise(s, p, offsets, winner=p > 0, loser=p == 0)))
+    assert term.count == 7999
+
+
+def test_a_second_derivative_is_an_error(ragged: Any) -> None:
+    s, t, p, offsets = ragged.tensors("logits", "teacher", "priority", "offsets")
+    s.requires_grad_()
+    for term in (
+        pairwise(s, p, offsets),
+        soft_pairwise(s, t, offsets),
+        adaptive_contrastive(s, p > 1, p < 2, t.unsqueeze(1), offsets),
+        pairwise(torch.stack([s, -s], 1), p, offsets),
+    ):
+        slope = torch.autograd.grad(term.total.sum(), s, create_graph=True)[0]
+        assert slope.any()
+        with pytest.raises(RuntimeError, match="second derivative"):
+            torch.autograd.grad((slope + s).sum(), s)  # beside another term, too
+
+
 def test_misuse_is_a_value_error() -> None:
     s, offsets = torch.zeros(3), torch.tensor([0, 3])
     with pytest.raises(ValueError, match="priority has shape"):

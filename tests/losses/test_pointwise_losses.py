@@ -138,6 +138,44 @@ def test_ranks_add_up() -> None:
     assert_close(tuple(sum(x) for x in zip(*parts, strict=True)), tuple(binary(s, y, mask=mask)))
 
 
+def test_positive_weight_takes_every_unambiguous_form() -> None:
+    s, y = torch.randn(4, 3), torch.rand(4, 3)
+    by_candidate, by_task = torch.rand(4), torch.rand(3)
+    for given, full in (
+        (2.0, torch.full((4, 3), 2.0)),
+        (torch.tensor(2.0), torch.full((4, 3), 2.0)),
+        (by_candidate, by_candidate.unsqueeze(1).expand(4, 3)),
+        (by_task, by_task.expand(4, 3)),
+        (by_task.unsqueeze(0), by_task.expand(4, 3)),
+    ):
+        assert_close(binary(s, y, positive_weight=given), binary(s, y, positive_weight=full))
+    square, labels = s[:3], y[:3]  # as many candidates as tasks: one dimension means the candidates
+    for given, full in ((by_task, by_task.unsqueeze(1).expand(3, 3)), (by_task.unsqueeze(0), by_task.expand(3, 3))):
+        term = binary(square, labels, positive_weight=given)
+        assert_close(term, binary(square, labels, positive_weight=full))
+    with pytest.raises(ValueError, match=r"positive_weight has shape \[2\]"):
+        binary(s, y, positive_weight=torch.ones(2))
+    with pytest.raises(ValueError, match=r"positive_weight has shape \[1, 4\]"):
+        binary(s[:, 0], y[:, 0], positive_weight=torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+def test_masks_of_0_and_1_may_have_any_dtype(ragged: Any, dtype: torch.dtype) -> None:
+    s, t, mask = ragged.tensors("logits", "teacher", "first")
+    for loss in (binary, distillation):
+        assert_close(loss(s, t.sigmoid(), mask=mask.to(dtype)), loss(s, t.sigmoid(), mask=mask))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_certain_and_right_costs_nothing(dtype: torch.dtype) -> None:
+    s = torch.tensor([-math.inf, math.inf], dtype=dtype, requires_grad=True)
+    for term in (binary(s, torch.tensor([0, 1])), distillation(s, s.detach())):
+        assert term.total == 0
+        assert not gradient(term, s).any()
+    assert binary(s, torch.tensor([1, 0])).total > 1e38
+    assert binary(s.detach() * 0, torch.tensor([1, 0])).total.isnan()
+
+
 def test_misuse_is_a_value_error() -> None:
     with pytest.raises(ValueError, match=r"labels has shape \[2\], expected \[3\]"):
         binary(torch.zeros(3), torch.zeros(2))

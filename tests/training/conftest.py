@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from joint import checkpoint
 from joint.batch import Batch
-from joint.config import Config, load_config
+from joint.config import HEADS, Config, load_config
 from joint.data.assemble import Assembler
 from joint.data.dataset import Dataset
 from joint.data.loader import Loader
@@ -150,7 +150,7 @@ class Assemble:
         assembler = self.assembler(config)
         chosen = assembler.dataset.read_split("train").take(np.array([3, 20, 60, 90, 125]))
         candidates = Loader(assembler, rank=0, world_size=1)._sample(chosen, 0)
-        return assembler(chosen, candidates, np.arange(ITEMS), position=Position(), all_rows=all_rows)
+        return assembler(chosen, candidates, np.arange(ITEMS), position=Position(), scoring=HEADS if all_rows else None)
 
 
 @pytest.fixture(scope="session")

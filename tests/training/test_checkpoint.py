@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import joint.train
+import joint.training
 from joint import checkpoint
-from joint.errors import CheckpointError
+from joint.errors import CheckpointError, UserError
 from joint.optimizers import build_optimizer, set_learning_rates
 from joint.task import build_task
 from towers.mixtures import set_step
@@ -44,7 +45,7 @@ def ask_to_stop(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
                 signal.raise_signal(signal.SIGTERM)
             set_step(model, done)
 
-        monkeypatch.setattr(joint.train, "set_step", signalled)
+        monkeypatch.setattr(joint.training, "set_step", signalled)
 
     return at
 
@@ -104,7 +105,7 @@ def test_a_run_killed_between_checkpoints_repeats_the_lost_steps(run, flat, unbr
         set_step(model, done)
 
     with monkeypatch.context() as patch:
-        patch.setattr(joint.train, "set_step", killed)
+        patch.setattr(joint.training, "set_step", killed)
         with pytest.raises(KeyboardInterrupt):
             run()
     folder = run()  # goes on from step 10
@@ -248,3 +249,13 @@ def test_the_rates_reach_the_fused_kernels_and_warm_up(configure, group, assembl
     assert moved[0] > 0
     assert moved[1] / moved[0] == pytest.approx(4, rel=0.1)
     assert moved[2] / moved[1] == pytest.approx(1, rel=0.1)
+
+
+def test_a_run_that_never_saved_may_be_started_again_with_another_config(run):
+    """Say, with the lower learning rate that a loss which blew up asks for."""
+    with pytest.raises(UserError, match="is not finite"):
+        run("optimizer.dense.lr=1e30")
+    directory = run("optimizer.dense.lr=0.002")
+    assert "lr: 0.002" in (directory / "config.yaml").read_text()
+    steps = [json.loads(line)["step"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)

@@ -68,7 +68,7 @@ def measure(configure, group, assemble, tiny_data):
         for number, row in table.iterrows():
             catalogue = unlabelled(Ragged(np.arange(ITEMS), np.array([0, ITEMS])), assembler.dataset.schema.labels)
             one = requests.take(np.array([number]))
-            batch = assembler(one, catalogue, np.arange(ITEMS), position=Position(), all_rows=True)
+            batch = assembler(one, catalogue, np.arange(ITEMS), position=Position(), scoring=HEADS)
             with torch.no_grad():
                 outputs = model(batch)[1].outputs
             eligible = ~np.isin(np.arange(ITEMS), row["rated"])
@@ -189,7 +189,7 @@ def test_the_size_of_the_pieces_does_not_matter_and_a_quick_look_is_part_of_the_
 
 def test_the_baselines_are_measured_on_the_same_requests(measured, tiny_data):
     _, _, found, slow = measured
-    before = read(tiny_data, "train", "valid")
+    before = read(tiny_data, "train")  # what the config trains on
     flat = before[["user_id", "candidates", "rating"]].explode(["candidates", "rating"]).astype(float)
     liked = flat[flat.rating >= 4]
     x = np.zeros((flat.user_id.astype(int).max() + 1, ITEMS))

@@ -13,6 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 import joint.pipeline
 import joint.train
+import joint.training
 from joint.batch import Batch
 from joint.data.loader import Loader
 from joint.data.order import Position
@@ -83,9 +84,9 @@ def test_a_whole_run_through_the_pipeline_is_the_run_of_the_plain_loop(tiny_file
     """Stopped and resumed on the way: what the pipeline had read ahead is read again."""
     assert joint.train.main([str(tiny_file)]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(joint.train, "build_pipeline", sparse_dist)
+        patch.setattr(joint.training, "build_pipeline", sparse_dist)
         stop = iter([False] * 8 + [True] + [False] * 99)
-        patch.setattr(joint.train, "stop_flag", _stop_flag(stop))
+        patch.setattr(joint.training, "stop_flag", _stop_flag(stop))
         for _ in range(2):
             assert joint.train.main([str(tiny_file), "run.name=piped"]) == 0
     plain, piped = (flat(tmp_path / "runs" / name / "checkpoints") for name in ("tiny", "piped"))

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 import joint.train
+import joint.training
 from joint import checkpoint
 from joint.config import load_config
 from joint.data.assemble import Assembler
@@ -67,7 +68,7 @@ def main(number: int, folder: Path) -> None:
     dist.init_process_group(
         "gloo", f"file://{folder}/rendezvous", rank=number, world_size=2, timeout=timedelta(seconds=60)
     )
-    joint.train.process_group = group_of_this_process
+    joint.training.process_group = group_of_this_process
     gathered(folder)
     trained(folder)
     saved_again(folder, "one", "one-by-two")
