@@ -205,9 +205,10 @@ def _stretch(logits: Tensor) -> Tensor:
 class HardConcrete(nn.Module):
     """Gates in [0, 1], one per edge, often exactly 0 or 1, each with its log-alpha (Louizos et al., ICLR'18).
 
-    In training each step draws `u ~ U(0, 1)` from (seed, layer, step) on the CPU, so it is equal on all ranks
-    and after a restart: `z = clip(sigmoid((logit(u) + log_alpha) / beta)·(zeta - gamma) + gamma, 0, 1)`. In
-    evaluation `z = clip(sigmoid(log_alpha)·(zeta - gamma) + gamma, 0, 1)`.
+    In training each step draws `u ~ U(0, 1)` from (seed, the gate's name, step) on the CPU, so that it is equal on
+    all ranks and after a restart, and other for every module:
+    `z = clip(sigmoid((logit(u) + log_alpha) / beta)·(zeta - gamma) + gamma, 0, 1)`. In evaluation
+    `z = clip(sigmoid(log_alpha)·(zeta - gamma) + gamma, 0, 1)`.
     """
 
     def __init__(self, shape: tuple[int, int], *, initial_log_alpha: float, seed: int, layer: int) -> None:
@@ -215,12 +216,13 @@ class HardConcrete(nn.Module):
         self.log_alpha = nn.Parameter(torch.full(shape, float(initial_log_alpha)))
         self.seed, self.layer = seed, layer
         self.step: int | None = None
+        self.name = ""
 
     def _noise(self) -> Tensor:
         """`logit(u)` of this step, shaped as `log_alpha`."""
         assert self.step is not None, "call set_step before a training forward: the gates are drawn per step"
-        # The CPU generator reads 32 bits of a seed only, so the three numbers must be mixed into that many.
-        key = zlib.crc32(f"{self.seed}/{self.layer}/{self.step}".encode())
+        # The CPU generator reads 32 bits of a seed only, so they must be mixed into that many.
+        key = zlib.crc32(f"{self.seed}/{self.name}/{self.layer}/{self.step}".encode())
         uniform = torch.rand(self.log_alpha.shape, generator=torch.Generator().manual_seed(key))
         return torch.logit(uniform).to(self.log_alpha.device)
 
@@ -324,9 +326,9 @@ def _gates(module: nn.Module) -> dict[str, HardConcrete]:
 
 
 def set_step(module: nn.Module, step: int) -> None:
-    """Tell every hard-concrete gate inside `module` the training step, before the forward of that step."""
-    for gate in _gates(module).values():
-        gate.step = step
+    """Tell every hard-concrete gate inside `module` its name there and the training step, before its forward."""
+    for name, gate in _gates(module).items():
+        gate.name, gate.step = name, step
 
 
 def expected_l0(module: nn.Module) -> Tensor:

@@ -54,7 +54,7 @@ class VectorProductHead(nn.Module):
     def __init__(self, config: PreRanking, *, request_dim: int, item_dim: int, tasks: int, seed: int) -> None:
         super().__init__()
         self.user = _Side(config, in_dim=request_dim, out_dim=config.dim, tasks=tasks, seed=seed)
-        self.item = _Side(config, in_dim=item_dim, out_dim=config.dim, tasks=tasks, seed=seed + 1)
+        self.item = _Side(config, in_dim=item_dim, out_dim=config.dim, tasks=tasks, seed=seed)
         self.bias = nn.Parameter(torch.zeros(tasks))
 
     def forward(self, request: Tensor, item: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:

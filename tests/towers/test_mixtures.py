@@ -364,3 +364,10 @@ def test_configs_refuse(kind: type, wrong: dict) -> None:
 def test_a_trunk_needs_a_task() -> None:
     with pytest.raises(ValueError, match="tasks"):
         build_trunk(Mmoe(), tasks=0)
+
+
+def test_gates_of_different_modules_draw_different_noise():
+    trunks = torch.nn.ModuleDict({name: build_trunk(Snr(hidden=(4,)), tasks=2, seed=0) for name in ("a", "b")})
+    set_step(trunks, 3)
+    a, b = (gate._noise() for gate in trunks.modules() if isinstance(gate, HardConcrete))
+    assert not torch.equal(a, b)
