@@ -56,6 +56,6 @@ def _compressed(x: Tensor) -> Tensor:
     Where the largest logit from k on is ahead of all later ones, by 800 or by 1e30, those have no share: the
     lead is cut to 800, so that 1e30 does not round away what the later logits differ by.
     """
-    peak = x.flip(1).cummax(1).values
-    level = pad(peak.diff(dim=1).clamp(max=800).cumsum(1), (1, 0)).flip(1)
-    return x - peak.flip(1) + level
+    peak = x.flip(1).cummax(1).values.flip(1)
+    drop = pad((-peak.diff(dim=1)).clamp(max=800).cumsum(1), (1, 0))
+    return x - peak - drop

@@ -79,10 +79,11 @@ def _chosen(mask: Tensor | None, logits: Tensor, name: str) -> Tensor:
 
 
 def _not_last_nor_first(p: Tensor, lists: Tensor) -> tuple[Tensor, Tensor]:
-    """[n] bool each: who has a priority above the lowest of its list, and who has one below the highest.
+    """[n] bool each: who does not have the lowest priority of its list, and who does not have the highest.
 
-    Nobody else wins, or loses, a pair: a list with 5 positives among zeros costs 5 rows, not all.
+    Nobody else wins, or loses, a pair: a list with 5 positives among zeros costs 5 rows, not all. Beside a
+    NaN there is no lowest and no highest, and everyone stays.
     """
     segment, segments = list_of(lists), len(lists) - 1
     lowest, highest = -segment_max(-p, segment, segments), segment_max(p, segment, segments)
-    return p > lowest[segment], p < highest[segment]
+    return ~(p <= lowest[segment]), ~(p >= highest[segment])

@@ -152,6 +152,11 @@ def test_who_is_in_no_pair_may_be_anything(ragged: Any, bad: float) -> None:
     check(lambda x, teacher: soft_pairwise(x, teacher, offsets, mask=win), win)
 
 
+def test_a_nan_priority_makes_no_pair_and_hides_none() -> None:
+    s, p = torch.tensor([0.0, 1.0, 0.0]), torch.tensor([math.nan, 0.0, 1.0])
+    assert_close(pairwise(s, p, torch.tensor([0, 3])), LossTerm(torch.tensor(softplus(1.0)), torch.tensor(1.0)))
+
+
 def test_a_nan_that_beats_nobody_does_not_spread() -> None:
     s = torch.tensor([math.nan, 1.0, 0.0], requires_grad=True)
     term = pairwise(s, torch.tensor([0, 0, 1]), torch.tensor([0, 1, 3]))
