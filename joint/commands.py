@@ -29,6 +29,12 @@ def run_command(main: Callable[[], int]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # a crash: torchrun shows the first one's message
+            from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
+
+            ErrorHandler().record_exception(error)
+        raise
 
 
 def _quiet_libraries() -> None:

@@ -20,8 +20,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     check_versions()
     # Imported only now: with a wrong combination of versions these imports fail, and less clearly.
-    from torch.distributed.elastic.multiprocessing.errors import record
-
     from joint.config import check_against, load_config
     from joint.data.dataset import Dataset
     from joint.training import train
@@ -29,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config, tree = load_config(parsed.config, parsed.overrides)
     dataset = Dataset(config.data.path)
     check_against(config, tree, dataset.schema)
-    record(train)(config, dataset)
+    train(config, dataset)
     return 0
 
 
