@@ -24,7 +24,7 @@ from joint.data.loader import corpus_slice
 from joint.data.order import Position
 from joint.data.ragged import Ragged
 from joint.data.requests import Requests
-from joint.data.sampling import Candidates, eligible_items, unlabelled
+from joint.data.sampling import Candidates, eligible_items, eligible_mask, unlabelled
 from joint.distributed import gather_objects, process_group, rank, world_size
 from joint.errors import CheckpointError
 from joint.features import Plan
@@ -132,10 +132,10 @@ class Evaluator:
     ) -> dict[str, State]:
         """Recall over the whole catalogue by one matrix product, and the funnel below what retrieval keeps."""
         assert output.user is not None
-        taken = not_eligible(requests, self.config)
-        eligible = torch.ones(max(len(requests), 1), self.items, dtype=torch.bool, device=self.device)
-        eligible[torch.from_numpy(taken.rows), torch.from_numpy(taken.values)] = False
-        user = torch.einsum("rtd,t->rd", output.user, self._fusion("retrieval"))
+        free = eligible_mask(not_eligible(requests, self.config), self.items)
+        eligible = torch.from_numpy(free).to(self.device)
+        # A rank without requests has run one empty one, which counts for nothing.
+        user = torch.einsum("rtd,t->rd", output.user, self._fusion("retrieval"))[: len(requests)]
         scores = (user @ corpus.T).where(eligible, -torch.inf)
         row, target = (torch.from_numpy(part).to(self.device) for part in self._relevant(candidates))
         ranks = corpus_ranks(scores, row, target, mask=eligible)
@@ -143,16 +143,18 @@ class Evaluator:
             f"retrieval/recall@{k}": metrics.recall_of_ranks(ranks, k) for k in self.config.evaluation.k
         }
         quotas = self.config.evaluation.quotas
-        if set(quotas) >= {"retrieval"}:
+        if "retrieval" in quotas:
             kept = scores.topk(min(quotas["retrieval"], self.items), dim=1).indices.cpu().numpy()
-            found |= self._funnel(requests, candidates, kept[: len(requests)])
+            found |= self._funnel(requests, candidates, kept, free)
         return found
 
-    def _funnel(self, requests: Requests, candidates: Candidates, kept: np.ndarray) -> dict[str, State]:
+    def _funnel(
+        self, requests: Requests, candidates: Candidates, kept: np.ndarray, free: np.ndarray
+    ) -> dict[str, State]:
         """What survives each stage, of all that was relevant; and the students' order of what was retrieved."""
         kept = np.sort(kept, axis=1)
         items = Ragged(kept.reshape(-1), np.arange(len(kept) + 1) * kept.shape[1])
-        items = _without(items, not_eligible(requests, self.config), self.items)
+        items = items.keep(free[items.rows, items.values])  # where fewer than the quota are eligible
         batch, outputs = self._run(requests, unlabelled(items, self.assembler.dataset.schema.labels), self.heads)
         scores = {head: self._fused(head, output) for head, output in outputs.items()}
         relevant = torch.from_numpy(self._is_relevant(items, candidates)).to(self.device)
@@ -184,11 +186,11 @@ class Evaluator:
             items = eligible_items(not_eligible(chosen, self.config), self.items)
             batch, outputs = self._run(chosen, unlabelled(items, self.assembler.dataset.schema.labels), heads)
             relevant = torch.from_numpy(self._is_relevant(items, known)).to(self.device)
+            total = float(len(self._relevant(known)[0]))
             for head in heads:
                 scores = self._fused(head, outputs[head])
                 for k in self.config.evaluation.k:
                     hits = metrics.recall_at_k(scores, relevant, batch.offsets, k)
-                    total = float(len(self._relevant(known)[0]))
                     self._add(states, {f"{head}/recall@{k}": metrics.Ratio(hits.total, total)})
         return {name: metrics.merge_all(parts) for name, parts in states.items()}
 
@@ -211,10 +213,6 @@ def _take(candidates: Candidates, rows: np.ndarray) -> Candidates:
     index = Ragged(np.arange(len(candidates.stages)), candidates.items.offsets).take(rows).values
     labels = {name: values[index] for name, values in candidates.labels.items()}
     return Candidates(candidates.items.take(rows), candidates.stages[index], labels)
-
-
-def _without(items: Ragged, taken: Ragged, catalogue: int) -> Ragged:
-    return items.keep(~np.isin(items.rows * catalogue + items.values, taken.rows * catalogue + taken.values))
 
 
 def evaluate_run(path: Path, split: str | None) -> None:

@@ -131,8 +131,6 @@ def space_mask(tokens: Sequence[str], batch: Batch, tasks: Tensor) -> Tensor:
             member = member & batch.positive[:, tasks]
         elif token == "exposed_neg":
             member = member & ~batch.positive[:, tasks]
-        elif token == "exposed":
-            member = member.expand_as(mask)
         mask = mask | member
     return mask
 

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from joint import baselines, metrics
 from joint.config import Config
-from joint.data.assemble import not_eligible, positives
+from joint.data.assemble import logged, not_eligible, positives
 from joint.data.dataset import Dataset
 from joint.data.ragged import Ragged
 from joint.data.requests import Requests, concatenate_requests
-from joint.data.sampling import Candidates
+from joint.data.sampling import eligible_mask
 from joint.ranks import corpus_ranks
 
 USER = "user_id"
@@ -24,8 +24,8 @@ def baseline_metrics(config: Config, dataset: Dataset, split: str) -> dict[str, 
     before = concatenate_requests([dataset.read_split(part) for part in config.data.train])
     requests = dataset.read_split(split)
     task = config.evaluation.task
-    user, item, label = _impressions(before, config, task)
-    positive = label > 0
+    row, item, positive = _impressions(before, config, dataset)
+    user = torch.tensor(before.scalars(USER))[row]
     fitted = user[positive], item[positive], dataset.schema.items
     histories = _histories(requests, user[positive], item[positive])
     everyone = baselines.popularity(*fitted).expand(len(requests), -1)
@@ -34,32 +34,23 @@ def baseline_metrics(config: Config, dataset: Dataset, split: str) -> dict[str, 
         "item_knn": baselines.history_scores(baselines.item_knn(*fitted), *histories),
         "ease": baselines.history_scores(baselines.ease(*fitted), *histories),
     }
-    row, target, wanted = _where(requests, config, task)
-    taken = not_eligible(requests, config)
-    eligible = torch.ones(len(requests), dataset.schema.items, dtype=torch.bool)
-    eligible[torch.from_numpy(taken.rows), torch.from_numpy(taken.values)] = False
+    row, target, wanted = _impressions(requests, config, dataset)
+    eligible = torch.from_numpy(eligible_mask(not_eligible(requests, config), dataset.schema.items))
     found: dict[str, float] = {}
     for name, matrix in scores.items():
         ranks = corpus_ranks(matrix, row[wanted], target[wanted], mask=eligible)
         found |= {f"baselines/{name}/recall@{k}": metrics.recall_of_ranks(ranks, k).value for k in config.evaluation.k}
-    means = baselines.smoothed_means(user, item, label, smoothing=SMOOTHING)
+    means = baselines.smoothed_means(user, item, positive, smoothing=SMOOTHING)
     shown = torch.tensor(requests.scalars(USER))[row]
     return found | {f"baselines/means/auc/{task}": metrics.auc(means.score(shown, target), wanted.long()).value}
 
 
-def _impressions(requests: Requests, config: Config, task: str) -> tuple[Tensor, Tensor, Tensor]:
-    """User id, item and 0/1 label of everything observed."""
-    row, item, positive = _where(requests, config, task)
-    return torch.tensor(requests.scalars(USER))[row], item, positive.long()
-
-
-def _where(requests: Requests, config: Config, task: str) -> tuple[Tensor, Tensor, Tensor]:
+def _impressions(requests: Requests, config: Config, dataset: Dataset) -> tuple[Tensor, Tensor, Tensor]:
     """Request, item and whether it is positive, of every candidate whose feedback is known."""
-    rule = config.tasks[task]
-    items = requests.lists("candidates")
-    candidates = Candidates(items, requests.lists("stages").values, {rule.label: requests.lists(rule.label).values})
+    rule = config.tasks[config.evaluation.task]
+    candidates = logged(requests, dataset)
     known = ~np.isnan(candidates.labels[rule.label])
-    row, item = items.rows[known], items.values[known].astype(np.int64)
+    row, item = candidates.items.rows[known], candidates.items.values[known].astype(np.int64)
     return torch.from_numpy(row), torch.from_numpy(item), torch.from_numpy(positives(candidates, rule)[known])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -90,17 +91,20 @@ class Assembler:
 
     def empty(self, pool: np.ndarray, *, position: Position) -> Batch:
         """The batch of a rank that has no requests left: one request, all of its lists empty."""
-        dataset = self.dataset
-        part = dataset.schema.parts[0]
-        request = dataset.read(part, [0]).take(np.zeros(1, np.int64))
+        batch = self(self._blank, logged(self._blank, self.dataset), pool, position=position)
+        batch.requests = 0
+        return batch
+
+    @cached_property
+    def _blank(self) -> Requests:
+        """A request of the dataset with all of its lists emptied."""
         none = np.zeros(1, np.int64)
+        request = self.dataset.read(self.dataset.schema.parts[0], [0]).take(none)
         columns = {
             name: column.slices(none, none) if isinstance(column, Ragged) else column
             for name, column in request.columns.items()
         }
-        batch = self(Requests(columns), logged(Requests(columns), dataset), pool, position=position)
-        batch.requests = 0
-        return batch
+        return Requests(columns)
 
     def _column(
         self,

@@ -91,10 +91,16 @@ def random_items(taken: Ragged, quota: int, items: int, keys: np.ndarray) -> Rag
     return Ragged(drawn, offsets_of(np.full(len(keys), quota))).keep(drawn >= 0)
 
 
-def eligible_items(taken: Ragged, items: int) -> Ragged:
-    """For every request all items of the catalogue but those in `taken`."""
+def eligible_mask(taken: Ragged, items: int) -> np.ndarray:
+    """For every request which items of the catalogue are not in `taken`: bool [R, items]."""
     free = np.ones((len(taken), items), bool)
     free[taken.rows, taken.values] = False
+    return free
+
+
+def eligible_items(taken: Ragged, items: int) -> Ragged:
+    """For every request all items of the catalogue but those in `taken`."""
+    free = eligible_mask(taken, items)
     return Ragged(np.nonzero(free)[1], offsets_of(free.sum(axis=1)))
 
 
