@@ -24,20 +24,25 @@ class Batch(Pipelineable):
 
     sparse: dict[str, KeyedJaggedTensor]  # embedding dim -> keys of stride R: request, history, candidate and pool ids
     inner: dict[str, Tensor]  # key of an 'ids' feature -> how many ids each of its rows has
-    floats: dict[str, Tensor]  # key of a float feature -> [R, 1] or [N, 1] or [P, 1]
+    floats: dict[str, Tensor]  # key of a float or vector feature -> [R, ·], [N, ·], [P, ·] or [events, ·]
+    competitors: dict[str, Tensor]  # history -> whether each of its events' competitors is one, bool [events, K]
     lengths: dict[str, Tensor]  # history -> events a request [R]
     offsets: Tensor  # [R + 1]
     row: Tensor  # [N] the request of each candidate
     item: Tensor  # [N] item index
     stages: Tensor  # [N] flags of `joint.schema.Stage`
     labels: Tensor  # [N, T] in [0, 1]; 0 where not observed
+    weight: Tensor  # [N, T] of a positive: the label's value for a weighted task, else 1
+    weighted: Tensor  # [T] bool: tasks of kind weighted
     positive: Tensor  # [N, T] bool: exposed with the task's feedback
     observed: Tensor  # [N, T] bool: an exposure with known feedback, or an unexposed candidate (label 0)
     request_id: Tensor  # [R]
     group: Tensor  # [R]
     head_rows: dict[str, Tensor]  # head -> the candidates it has to score, ascending
     pool_item: Tensor  # [P] item index; -1 pads the last rank's slice
-    excluded: Tensor  # [E, 2] (request, item) that are not eligible
+    pool_open: Tensor  # [P] bool: an item that has joined the pool by the day of these requests
+    column: Tensor  # [N] each candidate's place in the corpus of all ranks; -1: not in the pool
+    excluded: Tensor  # [E, 2] (request, column) that are not eligible
     requests: int  # real ones: 0 on a rank that has run out, else R
     unknown: int  # ids that fell outside their table and became 0
     position: Position  # of the batch that follows this one

@@ -1,4 +1,4 @@
-"""One experiment as frozen dataclasses, and the checks that need more than one of them.
+"""Reading an experiment, and the checks that need more than one of its sections.
 
 `python -m joint.config FILE [key=value ...]` prints the resolved config, or every mistake in it.
 """
@@ -6,209 +6,19 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from joint import settings
 from joint.commands import run_command
-from joint.data.sampling import Quota
-from joint.objectives import AdaptiveContrastive, Distillation, Head, MultiClass, Objective, spaces_of
+from joint.experiment import HEADS, Config, Encoder, heads_of
+from joint.objectives import AdaptiveContrastive, Distillation, ExpectedL0, MultiClass, Objective, spaces_of
 from joint.schema import POOL_TOKENS, SPACE_TOKENS, STAGES, Feature, Schema
+from towers.mixtures import Snr
 from towers.pre_ranking import PreRanking
 from towers.ranking import Ranking
 from towers.retrieval import Retrieval
-from towers.sequence import Mean, SelfAttention, TargetAttention
-
-
-def _at_least(minimum: float, **values: float) -> None:
-    """Raise one ValueError with a line for every value below `minimum` (NaN included)."""
-    wrong = {name: value for name, value in values.items() if not value >= minimum}
-    if wrong:
-        raise ValueError(
-            "\n".join(f"{name} must be at least {minimum}, found {found}" for name, found in wrong.items())
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """Where a run is kept (`DIR/NAME`), and the one seed of everything random in it."""
-
-    name: str
-    dir: str = "runs"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.name or Path(self.name).name != self.name:
-            raise ValueError(f"name must be one plain folder name, found {self.name!r}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """What is read, and what a batch is made of."""
-
-    path: str
-    train: tuple[Literal["train", "valid", "test"], ...] = ("train",)
-    requests_per_batch: int = 256  # global: shared out over the ranks
-    epochs: int = 1
-    shards: int = 8  # virtual shards a day is dealt into: a multiple of every world size to be used
-    candidates: dict[str, Quota]  # stage -> how many of a request's candidates, 'all', or random draws
-    not_eligible: tuple[str, ...] = ()  # histories whose items are never recommended again
-
-    def __post_init__(self) -> None:
-        _at_least(1, requests_per_batch=self.requests_per_batch, shards=self.shards, epochs=self.epochs)
-        if self.requests_per_batch % self.shards:
-            raise ValueError(f"requests_per_batch {self.requests_per_batch} is not a multiple of shards {self.shards}")
-        for stage, quota in self.candidates.items():
-            if quota != "all" and quota < 0:
-                raise ValueError(f"candidates: {stage} must be 'all' or at least 0, found {quota}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """A kind of feedback to predict, from a label column; a value of `at_least` or more counts as positive."""
-
-    label: str
-    at_least: float = 1.0
-    kind: Literal["binary", "ratio"] = "binary"  # ratio: the label itself, clipped to [0, 1]
-
-    def __post_init__(self) -> None:
-        _at_least(-math.inf, at_least=self.at_least)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """An embedding table; `auto` rows are as many as the dataset has ids."""
-
-    rows: int | Literal["auto"] = "auto"
-    dim: int
-    sharding: Literal["auto", "table_wise", "row_wise"] = "auto"
-    init: float = 0.05  # rows start uniform in [-init, init]
-
-    def __post_init__(self) -> None:
-        _at_least(1, dim=self.dim, **({} if self.rows == "auto" else {"rows": self.rows}))
-        _at_least(0, init=self.init)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Encoder:
-    """A named reading of a history, which heads list among their features."""
-
-    history: str
-    features: tuple[str, ...]  # item features of each past item
-    events: tuple[str, ...] = ()  # event features, projected and added to the item's
-    length: int = 50  # newest events read
-    by: Mean | SelfAttention | TargetAttention
-
-    def __post_init__(self) -> None:
-        _at_least(1, length=self.length)
-        if not self.features:
-            raise ValueError("features names no item feature; expected at least one")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Heads:
-    """The stages of the funnel; any may be absent."""
-
-    retrieval: Retrieval | None = None
-    pre_ranking: PreRanking | None = None
-    ranking: Ranking | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableOptimizer:
-    """The fused optimizer of all tables, applied in the backward pass. Row-wise: one float of state per row."""
-
-    kind: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
-    lr: float = 0.1
-
-    def __post_init__(self) -> None:
-        _at_least(0, lr=self.lr)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DenseOptimizer:
-    """The optimizer of everything that is not a table."""
-
-    kind: Literal["adam", "adamw"] = "adam"
-    lr: float = 1e-3
-    weight_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        _at_least(0, lr=self.lr, weight_decay=self.weight_decay)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Optimizer:
-    """Both optimizers, and a linear warm-up they share."""
-
-    tables: TableOptimizer = TableOptimizer()
-    dense: DenseOptimizer = DenseOptimizer()
-    warmup_steps: int = 0
-
-    def __post_init__(self) -> None:
-        _at_least(0, warmup_steps=self.warmup_steps)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Train:
-    """How often a run speaks and saves, in steps, and looks at its validation part, in epochs (0: never)."""
-
-    log_every: int = 10
-    checkpoint_every: int = 100
-    keep: int = 2
-    evaluate_every_epochs: int = 1
-
-    def __post_init__(self) -> None:
-        _at_least(1, log_every=self.log_every, checkpoint_every=self.checkpoint_every, keep=self.keep)
-        _at_least(0, evaluate_every_epochs=self.evaluate_every_epochs)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """What is measured, on which part, and the quotas of the funnel."""
-
-    valid: Literal["train", "valid", "test"] = "valid"
-    test: Literal["train", "valid", "test"] = "test"
-    task: str  # whose positives are what a head should find
-    k: tuple[int, ...] = (20, 100)
-    quotas: dict[str, int] = field(default_factory=dict)  # head -> candidates it keeps, in the funnel's order
-    whole_catalogue: tuple[Head, ...] = ()  # heads besides retrieval that also score every item for every request
-    candidates_per_batch: int = 65_536  # rows scored at once where heads score the whole catalogue
-    baselines: bool = False  # popularity, item-kNN, EASE and smoothed means beside the heads, on the same split
-
-    def __post_init__(self) -> None:
-        _at_least(1, candidates_per_batch=self.candidates_per_batch)
-        if not self.k:
-            raise ValueError("k is empty; expected at least one cut, such as [20, 100]")
-        _at_least(1, **{f"k: {k}": k for k in self.k}, **{f"quotas.{head}": n for head, n in self.quotas.items()})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Everything one experiment is."""
-
-    run: Run
-    data: Data
-    tasks: dict[str, Task]
-    tables: dict[str, Table]
-    encoders: dict[str, Encoder] = field(default_factory=dict)
-    heads: Heads
-    objectives: dict[str, Objective]
-    optimizer: Optimizer = Optimizer()
-    train: Train = Train()
-    evaluation: Evaluation
-
-
-HEADS = ("retrieval", "pre_ranking", "ranking")
-
-
-def heads_of(config: Config) -> dict[str, Retrieval | PreRanking | Ranking]:
-    """The heads a config has, in the funnel's order."""
-    found = {name: getattr(config.heads, name) for name in HEADS}
-    return {name: head for name, head in found.items() if head is not None}
+from towers.sequence import SelfAttention, TargetAttention
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, settings.Tree]:
@@ -267,13 +77,50 @@ def _mistakes(config: Config) -> Iterator[Mistake]:
             "train.evaluate_every_epochs",
             f"{part} is trained on, so it validates nothing; set 0 or change data.train",
         )
+    yield from _sharing_mistakes(config)
     for name, head in heads.items():
         yield from _unknown(f"heads.{name}.fusion", list(head.fusion), list(config.tasks), "task")
+        if not isinstance(head, Retrieval):
+            yield from _unknown(f"heads.{name}.fusion_of", list(head.fusion_of), list(config.tasks), "task")
+        yield from _prior_mistakes(name, head)
     for name, objective in config.objectives.items():
         yield from _objective_mistakes(config, f"objectives.{name}", objective)
 
 
+def _prior_mistakes(name: str, head: Retrieval | PreRanking | Ranking) -> Iterator[Mistake]:
+    gates = {"gate": head.gate} | ({"task_gate": head.task_gate} if isinstance(head, Ranking) else {})
+    for field_, gate in gates.items():
+        if gate is not None:
+            yield from _unknown(f"heads.{name}.{field_}.prior", gate.prior, head.features, "feature of this head")
+
+
+def _sharing_mistakes(config: Config) -> Iterator[Mistake]:
+    heads, spared = heads_of(config), config.sharing.stop_gradient
+    path = "sharing.stop_gradient"
+    yield from _unknown(path, spared, list(heads), "head")
+    if heads and set(spared) >= set(heads):
+        yield path, "names every head; nothing would train the tables"
+    if config.sharing.mode == "tables_and_encoders":
+        for name in config.encoders:
+            readers = {head for head, settings_ in heads.items() if name in settings_.features}
+            if readers and readers <= set(spared):
+                yield path, f"only {', '.join(sorted(readers))} reads encoder {name}; nothing would train it"
+
+
+def _penalty_mistakes(config: Config, path: str, objective: ExpectedL0) -> Iterator[Mistake]:
+    heads = heads_of(config)
+    yield from _unknown(f"{path}.head", [objective.head], list(heads), "head")
+    if objective.head in heads and not isinstance(heads[objective.head].trunk, Snr):
+        yield (
+            path,
+            f"expected_l0 is of a trunk of kind snr; that of {objective.head} is {heads[objective.head].trunk.kind}",
+        )
+
+
 def _objective_mistakes(config: Config, path: str, objective: Objective) -> Iterator[Mistake]:
+    if isinstance(objective, ExpectedL0):
+        yield from _penalty_mistakes(config, path, objective)
+        return
     yield from _unknown(f"{path}.tasks", objective.tasks, list(config.tasks), "task")
     if len(set(objective.tasks)) < len(objective.tasks):
         yield f"{path}.tasks", f"names a task twice: {', '.join(objective.tasks)}"
@@ -313,6 +160,7 @@ def _misfits(config: Config, schema: Schema) -> Iterator[Mistake]:
         *(g for g, f in STAGES.items() if any(f & STAGES[s] for s in schema.stages)),
     ]
     yield from _unknown("data.candidates", list(config.data.candidates), stages, "logged stage")
+    yield from _unknown("data.pool", [config.data.pool], ["", *schema.pools], "pool")
     yield from _unknown("data.not_eligible", config.data.not_eligible, histories, "history")
     for name, task in config.tasks.items():
         yield from _unknown(f"tasks.{name}.label", [task.label], schema.labels, "label")
@@ -332,19 +180,33 @@ def _misfits(config: Config, schema: Schema) -> Iterator[Mistake]:
         width = sum(_width(config, features[f]) for f in encoder.features if f in features)
         if isinstance(encoder.by, SelfAttention) and width % encoder.by.heads:
             yield f"{path}.by.heads", f"{encoder.by.heads} heads do not divide the history's width {width}"
+        if encoder.competing and encoder.history in histories and not schema.history(encoder.history).competitors:
+            yield f"{path}.competing", f"the dataset logs no competitors of the events of {encoder.history}"
         used |= {f: features[f] for f in (*encoder.features, *encoder.events) if f in features}
+    for name, cross in config.cross.items():
+        path = f"cross.{name}"
+        yield from _unknown(f"{path}.history", [cross.history], histories, "history")
+        ids = [f.name for f in schema.features if f.level == "item" and f.kind == "id"]
+        yield from _unknown(f"{path}.feature", [cross.feature], ids, "item feature of one id")
+        if name in features or name in config.encoders:
+            yield path, f"{name} is a feature or an encoder already; choose another name"
     for name, head in heads_of(config).items():
-        known = [f.name for f in schema.features if f.level != "event"] + list(config.encoders)
-        yield from _unknown(f"heads.{name}.features", head.features, known, "feature or encoder")
+        known = [*(f.name for f in schema.features if f.level != "event"), *config.encoders, *config.cross]
+        yield from _unknown(f"heads.{name}.features", head.features, known, "feature, encoder or cross feature")
         used |= {f: features[f] for f in head.features if f in features}
         yield from _sides(f"heads.{name}.features", config, head.features, features)
+        if isinstance(head, Retrieval) and head.gate is not None:
+            of_items = [n for n in head.gate.prior if n in features and features[n].level == "item"]
+            if of_items:
+                yield f"heads.{name}.gate.prior", f"{of_items[0]} is of the item; the gate weighs the user side"
         crossed = [e for e in head.features if e in config.encoders and _sees_candidate(config.encoders[e])]
+        crossed += [e for e in head.features if e in config.cross]
         if crossed and name != "ranking":
             yield (
                 f"heads.{name}.features",
-                f"{crossed[0]} attends from each candidate; its vectors could not be cached",
+                f"{crossed[0]} is of a user and a candidate together; its values could not be cached",
             )
-    spaces = {feature.space for feature in used.values() if feature.kind != "float"}
+    spaces = {feature.space for feature in used.values() if feature.kind in ("id", "ids")}
     for space in sorted(spaces - set(config.tables)):
         yield "tables", f"no table {space!r}, which features in use need"
     for space in sorted(set(config.tables) - {f.space for f in schema.features}):

@@ -1,4 +1,4 @@
-"""`python -m joint.evaluate RUN [--split test]`: the table of a run, from its newest checkpoint."""
+"""`python -m joint.evaluate RUN [--split test] [--choose-fusion HEAD] [key=value ...]`: the table of a run."""
 
 from __future__ import annotations
 
@@ -14,13 +14,20 @@ def main() -> int:
     """Evaluate a run and print the table; returns the exit code."""
     parser = argparse.ArgumentParser(prog="joint.evaluate", description="Measure a run's newest checkpoint.")
     parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of evaluation.* and heads.HEAD.fusion only")
     parser.add_argument("--split", choices=SPLITS, help="default: the config's evaluation.test, which writes eval.json")
+    parser.add_argument(
+        "--choose-fusion", metavar="HEAD", help="try a grid of its tasks' weights, on evaluation.valid by default"
+    )
     arguments = parser.parse_args()
     check_versions()
     # Imported only now: with a wrong combination of versions this import fails, and less clearly.
-    from joint.evaluation import evaluate_run
+    from joint.evaluation import choose_fusion, evaluate_run
 
-    evaluate_run(arguments.run, arguments.split)
+    if arguments.choose_fusion:
+        choose_fusion(arguments.run, arguments.choose_fusion, arguments.split, arguments.overrides)
+    else:
+        evaluate_run(arguments.run, arguments.split, arguments.overrides)
     return 0
 
 

@@ -5,7 +5,10 @@ A metric's name is `HEAD/METRIC[/TASK]`, `alignment/…` or `funnel/…`; withou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +20,30 @@ from torchrec.distributed import DistributedModelParallel
 from joint import checkpoint, metrics
 from joint.batch import Batch
 from joint.cascade import funnel
-from joint.config import check_against, heads_of
-from joint.data.assemble import Assembler, logged, not_eligible, positives
+from joint.config import check_against
+from joint.data.assemble import Assembler, logged, positives
 from joint.data.dataset import Dataset
-from joint.data.loader import corpus_slice
+from joint.data.loader import NO_POOL
 from joint.data.order import Position
 from joint.data.ragged import Ragged
 from joint.data.requests import Requests
-from joint.data.sampling import Candidates, eligible_items, eligible_mask, unlabelled
+from joint.data.sampling import Candidates, unlabelled
 from joint.distributed import gather_objects, process_group, rank, world_size
-from joint.errors import CheckpointError
+from joint.errors import CheckpointError, ConfigError
+from joint.experiment import heads_of
 from joint.features import Plan
-from joint.metrics import AucState, Ratio
+from joint.fusion import fuse, fusion_weights
+from joint.logged_metrics import STUDENTS, State, logged_metrics
 from joint.outputs import HeadOutput, Outputs
-from joint.ranks import corpus_ranks
+from joint.ranks import pool_ranks
 from joint.reference import baseline_metrics
 from joint.run import RunDirectory, write_metrics
 from joint.summary import table
 from joint.task import build_task
+from towers.retrieval import RetrievalHead
 
 Forward = Callable[[Batch], Outputs]
-State = Ratio | AucState
 States = dict[str, list[Any]]  # metric -> its states so far, all of one kind
-STUDENTS = ("retrieval", "pre_ranking")
 
 
 class Evaluator:
@@ -53,6 +57,7 @@ class Evaluator:
         self.heads = heads_of(self.config)
         self.tasks = list(self.config.tasks)
         self.items = assembler.dataset.schema.items
+        self.eligibility = assembler.eligibility
 
     @torch.no_grad()
     def __call__(self, split: str, *, whole_catalogue: bool) -> dict[str, float]:
@@ -62,9 +67,10 @@ class Evaluator:
         for requests in self._chunks(split):
             candidates = logged(requests, self.assembler.dataset)
             batch, outputs = self._run(requests, candidates, self.heads, with_corpus=corpus is None)
-            self._add(states, self._logged(batch, outputs))
+            if len(requests):
+                self._add(states, logged_metrics(self.config, self.assembler.dataset.schema, batch, outputs))
             if "retrieval" in self.heads:
-                corpus = outputs["retrieval"].corpus[: self.items] if corpus is None else corpus  # type: ignore[index]
+                corpus = outputs["retrieval"].corpus[: len(self.eligibility.corpus)] if corpus is None else corpus  # type: ignore[index]
                 self._add(states, self._retrieval(requests, candidates, outputs["retrieval"], corpus))
             if whole_catalogue:
                 self._add(states, self._whole_catalogue(requests, candidates))
@@ -73,12 +79,20 @@ class Evaluator:
             self._add(merged, {name: metrics.merge_all(found) for name, found in part.items()})
         return {name: metrics.merge_all(found).value for name, found in merged.items()}
 
+    def full(self, split: str) -> dict[str, float]:
+        """Every metric, those that cost most too: the whole catalogue scored by all heads that the config names for
+        it, and the baselines."""
+        found = self(split, whole_catalogue=True)
+        if self.config.evaluation.baselines and split not in self.config.data.train:
+            found |= baseline_metrics(self.config, self.assembler.dataset, split)
+        return found
+
     def _chunks(self, split: str) -> Iterator[Requests]:
         """This rank's requests in pieces; every rank gets as many pieces, the last of them maybe without requests."""
         size = self.config.data.requests_per_batch
         for parts in self.assembler.dataset.parts([split]).values():
             for part in parts:
-                requests = self.assembler.dataset.read(part, range(len(part.groups)))
+                requests = self.assembler.dataset.read(part)
                 for start in range(0, len(requests), size):
                     mine = np.arange(start, min(start + size, len(requests)))[rank() :: world_size()]
                     yield requests.take(mine)
@@ -87,7 +101,7 @@ class Evaluator:
         self, requests: Requests, candidates: Candidates, scoring: Collection[str], *, with_corpus: bool = False
     ) -> tuple[Batch, Outputs]:
         """The outputs of the `scoring` heads on every candidate, and of the pool where it is wanted."""
-        pool = corpus_slice(self.items if with_corpus else 0, rank(), world_size())
+        pool = self.eligibility.slice(rank(), world_size()) if with_corpus else NO_POOL
         if len(requests):
             batch = self.assembler(requests, candidates, pool, position=Position(), scoring=scoring)
         else:
@@ -96,55 +110,28 @@ class Evaluator:
         return batch, self.forward(batch)
 
     def _fused(self, head: str, output: HeadOutput) -> Tensor:
-        return output.logits @ self._fusion(head)
-
-    def _fusion(self, head: str) -> Tensor:
-        weights = self.heads[head].fusion
-        return torch.tensor([weights.get(t, 0.0) if weights else 1.0 for t in self.tasks], device=self.device)
-
-    def _logged(self, batch: Batch, outputs: Outputs) -> dict[str, State]:
-        """On logged candidates: AUC, log loss and calibration per task; order against the teacher's."""
-        found: dict[str, State] = {}
-        for head, output in outputs.items():
-            for index, task in enumerate(self.tasks):
-                logits, labels, mask = (
-                    output.logits[:, index],
-                    batch.labels[:, index],
-                    batch.observed[:, index],
-                )
-                if self.config.tasks[task].kind == "binary":
-                    found[f"{head}/auc/{task}"] = metrics.auc(logits, labels, mask=mask)
-                if head != "retrieval":  # a softmax's logits are no probabilities
-                    found[f"{head}/log_loss/{task}"] = metrics.log_loss(logits, labels, mask=mask)
-                    found[f"{head}/calibration/{task}"] = metrics.calibration(logits, labels, mask=mask)
-        if "ranking" in outputs:
-            for student in (head for head in STUDENTS if head in outputs):
-                name = "alignment/reverse_rate" if student == "pre_ranking" else "alignment/retrieval_reverse_rate"
-                for index, task in enumerate(self.tasks):
-                    pair = outputs[student].logits[:, index], outputs["ranking"].logits[:, index]
-                    found[f"{name}/{task}"] = metrics.kendall_distance(*pair, batch.offsets)
-                fused = self._fused(student, outputs[student]), self._fused("ranking", outputs["ranking"])
-                found[f"{name}/fused"] = metrics.kendall_distance(*fused, batch.offsets)
-        return found
+        return fuse(self.heads[head], self.tasks, output.logits)
 
     def _retrieval(
         self, requests: Requests, candidates: Candidates, output: HeadOutput, corpus: Tensor
     ) -> dict[str, State]:
-        """Recall over the whole catalogue by one matrix product, and the funnel below what retrieval keeps."""
+        """Recall over the whole corpus by one matrix product, and the funnel below what retrieval keeps."""
         assert output.user is not None
-        free = eligible_mask(not_eligible(requests, self.config), self.items)
+        free = self.eligibility.mask(requests)
         eligible = torch.from_numpy(free).to(self.device)
         # A rank without requests has run one empty one, which counts for nothing.
-        user = torch.einsum("rtd,t->rd", output.user, self._fusion("retrieval"))[: len(requests)]
+        weights = torch.tensor(fusion_weights(self.heads["retrieval"], self.tasks), device=self.device)
+        user = RetrievalHead.fused_vectors(output.user, weights)[: len(requests)]
         scores = (user @ corpus.T).where(eligible, -torch.inf)
-        row, target = (torch.from_numpy(part).to(self.device) for part in self._relevant(candidates))
-        ranks = corpus_ranks(scores, row, target, mask=eligible)
+        row, item = self._relevant(candidates)
+        column = torch.from_numpy(self.eligibility.columns(item)).to(self.device)
+        ranks = pool_ranks(scores, torch.from_numpy(row).to(self.device), column, mask=eligible)
         found: dict[str, State] = {
             f"retrieval/recall@{k}": metrics.recall_of_ranks(ranks, k) for k in self.config.evaluation.k
         }
         quotas = self.config.evaluation.quotas
         if "retrieval" in quotas:
-            kept = scores.topk(min(quotas["retrieval"], self.items), dim=1).indices.cpu().numpy()
+            kept = scores.topk(min(quotas["retrieval"], corpus.shape[0]), dim=1).indices.cpu().numpy()
             found |= self._funnel(requests, candidates, kept, free)
         return found
 
@@ -155,6 +142,7 @@ class Evaluator:
         kept = np.sort(kept, axis=1)
         items = Ragged(kept.reshape(-1), np.arange(len(kept) + 1) * kept.shape[1])
         items = items.keep(free[items.rows, items.values])  # where fewer than the quota are eligible
+        items = items.with_values(self.eligibility.corpus[items.values])
         batch, outputs = self._run(requests, unlabelled(items, self.assembler.dataset.schema.labels), self.heads)
         scores = {head: self._fused(head, output) for head, output in outputs.items()}
         relevant = torch.from_numpy(self._is_relevant(items, candidates)).to(self.device)
@@ -175,7 +163,7 @@ class Evaluator:
         heads = self.config.evaluation.whole_catalogue
         if not heads:
             return {}
-        step = max(1, self.config.evaluation.candidates_per_batch // self.items)
+        step = max(1, self.config.evaluation.candidates_per_batch // max(1, len(self.eligibility.corpus)))
         share = -(-self.config.data.requests_per_batch // world_size())
         states: States = {}
         for start in range(0, share, step):
@@ -183,7 +171,7 @@ class Evaluator:
             if world_size() == 1 and not len(rows):
                 break
             chosen, known = requests.take(rows), _take(candidates, rows)
-            items = eligible_items(not_eligible(chosen, self.config), self.items)
+            items = self.eligibility.eligible(chosen)
             batch, outputs = self._run(chosen, unlabelled(items, self.assembler.dataset.schema.labels), heads)
             relevant = torch.from_numpy(self._is_relevant(items, known)).to(self.device)
             total = float(len(self._relevant(known)[0]))
@@ -215,38 +203,79 @@ def _take(candidates: Candidates, rows: np.ndarray) -> Candidates:
     return Candidates(candidates.items.take(rows), candidates.stages[index], labels)
 
 
-def evaluate_run(path: Path, split: str | None) -> None:
-    """Measure a run's newest checkpoint on a split (None: the config's test part) and print the table."""
+@contextmanager
+def open_model(path: Path, overrides: Sequence[str]) -> Iterator[tuple[RunDirectory, Evaluator, int]]:
+    """A run's newest checkpoint, ready to be measured, and its step.
+
+    Raises:
+        ConfigError: an override is of something that training depends on.
+        CheckpointError: there is no complete checkpoint, or the dataset is another one.
+    """
     run = RunDirectory(path)
-    config, tree = run.load_config()
+    config, tree = run.load_config(overrides)
     dataset = Dataset(config.data.path)
     check_against(config, tree, dataset.schema)
     run.check_dataset(dataset.schema)
     plan = Plan(config, dataset.schema)
-    split = split or config.evaluation.test
     with process_group() as device:
         model = build_task(plan, device)
         progress = checkpoint.load_latest(run.checkpoints, model)
         if not progress.step:
             raise CheckpointError(f"{run.checkpoints}: no complete checkpoint in it; train the run first")
-        found = evaluate(model, Assembler(plan, dataset), device, split)
+        yield run, evaluator_of(model, Assembler(plan, dataset), device), progress.step
+
+
+def evaluate_run(path: Path, split: str | None, overrides: Sequence[str] = ()) -> None:
+    """Measure a run's newest checkpoint on a split (None: the config's test part) and print the table.
+
+    The test part writes eval.json, unless something was overridden.
+    """
+    with open_model(path, overrides) as (run, evaluator, step):
+        config = evaluator.config
+        split = split or config.evaluation.test
+        found = evaluator.full(split)
         if rank() == 0:
-            if split == config.evaluation.test:
+            if split == config.evaluation.test and not overrides:
                 write_metrics(run, found)
             seen = " (which it was trained on)" if split in config.data.train else ""
-            print(f"{run.path}, step {progress.step}, on {split}{seen}:\n{table(config, found)}")
+            print(f"{run.path}, step {step}, on {split}{seen}:\n{table(config, found)}")
 
 
-def evaluate(
-    model: DistributedModelParallel, assembler: Assembler, device: torch.device, split: str, *, full: bool = True
-) -> dict[str, float]:
-    """Every metric of a model on a split; a `full` look adds what the config asks for and costs most.
+def choose_fusion(path: Path, head: str, split: str | None, overrides: Sequence[str] = ()) -> None:
+    """Measure a head under a grid of its tasks' weights, and print what each gives, the best last (RRA's w_serve).
 
-    That is the whole catalogue scored by heads besides retrieval, and the baselines.
+    Judged by the head's recall at the smallest k: over the catalogue, in its input space, or in the funnel.
+
+    Raises:
+        ConfigError: there is no such head, or one task only, or no recall is measured of it.
     """
+    with open_model(path, overrides) as (run, evaluator, _):
+        config = evaluator.config
+        if head not in evaluator.heads or len(config.tasks) < 2:
+            raise ConfigError(f"--choose-fusion {head}: expected a head of {', '.join(evaluator.heads)}, and two tasks")
+        tried = []
+        for weights in fusion_grid(len(config.tasks)):
+            fusion = dict(zip(config.tasks, weights, strict=True))
+            evaluator.heads[head] = replace(evaluator.heads[head], fusion=fusion)
+            found = evaluator(split or config.evaluation.valid, whole_catalogue=head != "retrieval")
+            goals = [name for name in found if name.startswith((f"{head}/recall@", f"funnel/{head}/recall@"))]
+            if not goals:
+                raise ConfigError(f"--choose-fusion {head}: name it in evaluation.whole_catalogue or evaluation.quotas")
+            tried.append((found[goals[0]], goals[0], fusion))
+        if rank() == 0:
+            for value, name, fusion in sorted(tried, key=lambda trial: trial[0]):
+                said = ", ".join(f"{task}: {weight:g}" for task, weight in fusion.items())
+                print(f"{name} {value:.4f}  heads.{head}.fusion={{{said}}}")
+
+
+def fusion_grid(tasks: int) -> list[tuple[float, ...]]:
+    """Weights that sum to 1, in tenths for two tasks and in quarters for more."""
+    steps = 10 if tasks == 2 else 4
+    whole = [parts for parts in itertools.product(range(steps + 1), repeat=tasks) if sum(parts) == steps]
+    return [tuple(part / steps for part in parts) for parts in whole]
+
+
+def evaluator_of(model: DistributedModelParallel, assembler: Assembler, device: torch.device) -> Evaluator:
+    """Measures a model, which it puts in evaluation mode."""
     model.eval()
-    found = Evaluator(lambda batch: model(batch)[1].outputs, assembler, device)(split, whole_catalogue=full)
-    config = assembler.plan.config
-    if full and config.evaluation.baselines and split not in config.data.train:
-        found |= baseline_metrics(config, assembler.dataset, split)
-    return found
+    return Evaluator(lambda batch: model(batch)[1].outputs, assembler, device)

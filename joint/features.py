@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from joint.config import Config, Encoder, heads_of
+from joint.experiment import Config, Cross, Encoder, Table, heads_of
 from joint.objectives import MultiClass
 from joint.schema import Feature, Schema
 from towers.embeddings import TableShape, width_name
 from towers.sequence import TargetAttention
 
-Side = Literal["request", "candidate", "pool", "history"]
+Side = Literal["request", "candidate", "pool", "history", "competitors", "cross"]
+HeadSide = Literal["request", "candidate", "pool"]
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,36 @@ class Key:
     side: Side
     feature: Feature
     history: str = ""
+    owner: str = ""  # the head whose own table it reads; '' is the shared one
 
     @property
     def name(self) -> str:
-        """`user_id`, `candidate.genres`, `pool.item_id`, `liked.item_id`."""
-        return self.feature.name if self.side == "request" else f"{self.history or self.side}.{self.feature.name}"
+        """`user_id`, `candidate.genres`, `pool.item_id`, `liked.item_id`, `liked.competitors.item_id`."""
+        parts = [self.history, "" if self.side in ("request", "history", "cross") else self.side, self.feature.name]
+        return ".".join(part for part in parts if part) + (f"@{self.owner}" if self.owner else "")
+
+    @property
+    def embedded(self) -> bool:
+        """Whether a table is looked up, rather than numbers passed on."""
+        return self.feature.kind in ("id", "ids")
+
+    @property
+    def table(self) -> str:
+        """The table it reads."""
+        return self.feature.space + (f"@{self.owner}" if self.owner else "")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """An encoder as one or more heads use it: whose tables it reads, and its settings."""
+
+    encoder: Encoder
+    owner: str
+
+    @property
+    def per_candidate(self) -> bool:
+        """Whether it gives a vector a candidate, and not one a request."""
+        return isinstance(self.encoder.by, TargetAttention)
 
 
 @dataclass(frozen=True)
@@ -43,17 +69,30 @@ class Plan:
         return tuple(dict.fromkeys(self._keys()))
 
     @cached_property
-    def encoders(self) -> dict[str, Encoder]:
-        """The encoders that some head names; others are neither looked up nor run."""
-        named = {name for head in heads_of(self.config).values() for name in head.features}
-        return {name: encoder for name, encoder in self.config.encoders.items() if name in named}
+    def readings(self) -> dict[str, Reading]:
+        """The encoders that some head names, each once for all heads that share it."""
+        return {
+            self.reading_name(head, name): Reading(self.config.encoders[name], self.owner(head))
+            for head in heads_of(self.config)
+            for name in self.head_encoders(head)
+        }
+
+    def reading_name(self, head: str, encoder: str) -> str:
+        """What the reading of an encoder by a head is called."""
+        shared = self.config.sharing.mode == "tables_and_encoders"
+        return encoder if shared else f"{encoder}@{head}"
+
+    def owner(self, head: str) -> str:
+        """Whose tables a head reads: its own, or '' for the shared ones."""
+        return head if self.config.sharing.mode == "none" else ""
 
     @cached_property
     def history_lengths(self) -> dict[str, int]:
-        """History -> events the loader keeps: the longest that an encoder reads."""
+        """History -> events the loader keeps: the longest that an encoder or a cross feature reads."""
         lengths: dict[str, int] = {}
-        for encoder in self.encoders.values():
-            lengths[encoder.history] = max(encoder.length, lengths.get(encoder.history, 0))
+        readers: list[Encoder | Cross] = [reading.encoder for reading in self.readings.values()]
+        for reader in [*readers, *self.crosses.values()]:
+            lengths[reader.history] = max(reader.length, lengths.get(reader.history, 0))
         return lengths
 
     @property
@@ -62,61 +101,95 @@ class Plan:
         return any(isinstance(objective, MultiClass) for objective in self.config.objectives.values())
 
     @cached_property
+    def crosses(self) -> dict[str, Cross]:
+        """The cross features that some head names."""
+        named = {name for head in heads_of(self.config).values() for name in head.features}
+        return {name: cross for name, cross in self.config.cross.items() if name in named}
+
+    @cached_property
     def tables(self) -> tuple[TableShape, ...]:
         """The tables that some key looks up."""
-        keys: dict[str, list[str]] = {}
+        keys: dict[str, list[Key]] = {}
         for key in self.keys:
-            if key.feature.kind != "float":
-                keys.setdefault(key.feature.space, []).append(key.name)
+            if key.embedded:
+                keys.setdefault(key.table, []).append(key)
         sizes: dict[str, int] = {}
         for feature in self.schema.features:
             sizes[feature.space] = max(feature.size, sizes.get(feature.space, 0))
         shapes = []
-        for space, names in keys.items():
+        for name, readers in keys.items():
+            space = readers[0].feature.space
             table = self.config.tables[space]
             rows = sizes[space] if table.rows == "auto" else table.rows
-            shapes.append(TableShape(name=space, rows=rows, dim=table.dim, keys=tuple(names)))
+            shapes.append(TableShape(name=name, rows=rows, dim=table.dim, keys=tuple(key.name for key in readers)))
         return tuple(shapes)
+
+    @cached_property
+    def table_settings(self) -> dict[str, Table]:
+        """Table -> its settings, which the copies of several heads share."""
+        return {key.table: self.config.tables[key.feature.space] for key in self.keys if key.embedded}
 
     @cached_property
     def keys_by_width(self) -> dict[str, tuple[Key, ...]]:
         """Name of an embedding collection -> the keys of its KeyedJaggedTensor, in order."""
         widths = sorted({table.dim for table in self.tables})
         return {
-            width_name(width): tuple(
-                key for key in self.keys if key.feature.kind != "float" and self.dim(key.feature) == width
-            )
+            width_name(width): tuple(key for key in self.keys if key.embedded and self.dim(key.feature) == width)
             for width in widths
         }
 
     def dim(self, feature: Feature) -> int:
         """Columns of a feature in a head's input."""
-        return 1 if feature.kind == "float" else self.config.tables[feature.space].dim
+        match feature.kind:
+            case "float":
+                return 1
+            case "vector":
+                return feature.size
+            case _:
+                return self.config.tables[feature.space].dim
 
-    def head_features(self, head: str, level: Literal["request", "item"]) -> tuple[Feature, ...]:
-        """A head's plain features of one level, in its order."""
-        names = heads_of(self.config)[head].features
+    def head_keys(self, head: str, side: HeadSide) -> tuple[Key, ...]:
+        """A head's plain features of its request or item side, in its order; cross features come last."""
+        level, owner = "request" if side == "request" else "item", self.owner(head)
         known = {feature.name: feature for feature in self.schema.features if feature.level == level}
-        return tuple(known[name] for name in names if name in known)
+        names = heads_of(self.config)[head].features
+        keys = [Key(side, known[name], owner=owner) for name in names if name in known]
+        if side == "candidate":
+            keys += [Key("cross", Feature(name=n, level="item", kind="float")) for n in names if n in self.crosses]
+        return tuple(keys)
 
-    def head_encoders(self, head: str, *, per_candidate: bool) -> tuple[str, ...]:
-        """A head's encoders: those with one vector a request, or those with one a candidate."""
-        encoders = self.encoders
+    def head_encoders(self, head: str, *, per_candidate: bool | None = None) -> tuple[str, ...]:
+        """The encoders a head names: those with one vector a request, those with one a candidate, or (None) all."""
+        encoders = self.config.encoders
         names = [name for name in heads_of(self.config)[head].features if name in encoders]
-        return tuple(n for n in names if isinstance(encoders[n].by, TargetAttention) == per_candidate)
+        return tuple(
+            n for n in names if per_candidate is None or isinstance(encoders[n].by, TargetAttention) == per_candidate
+        )
+
+    def fields(self, head: str, side: Literal["request", "candidate"]) -> dict[str, int]:
+        """The columns of one side of a head's input by what they hold, in order."""
+        plain = {key.feature.name: self.dim(key.feature) for key in self.head_keys(head, side)}
+        encoders = self.head_encoders(head, per_candidate=side == "candidate")
+        return plain | {name: self.encoder_dim(self.config.encoders[name]) for name in encoders}
+
+    def encoder_dim(self, encoder: Encoder) -> int:
+        """Columns of a past item, and of what an encoder makes of them."""
+        return sum(self.dim(self.schema.feature(name)) for name in encoder.features)
 
     def _keys(self) -> Iterator[Key]:
         for head in heads_of(self.config):
-            for feature in self.head_features(head, "request"):
-                yield Key("request", feature)
-            for feature in self.head_features(head, "item"):
-                yield Key("candidate", feature)
-                if head == "retrieval":
-                    yield Key("pool", feature)
-        for encoder in self.encoders.values():
+            yield from self.head_keys(head, "request")
+            yield from self.head_keys(head, "candidate")
+            if head == "retrieval":
+                yield from self.head_keys(head, "pool")
+        for reading in self.readings.values():
+            encoder, owner = reading.encoder, reading.owner
             for name in encoder.features:
-                yield Key("history", self.schema.feature(name), encoder.history)
-                if isinstance(encoder.by, TargetAttention):
-                    yield Key("candidate", self.schema.feature(name))
+                feature = self.schema.feature(name)
+                yield Key("history", feature, encoder.history, owner)
+                if reading.per_candidate:
+                    yield Key("candidate", feature, owner=owner)
+                if encoder.competing:
+                    yield Key("competitors", feature, encoder.history, owner)
             for name in encoder.events:
-                yield Key("history", self.schema.feature(name), encoder.history)
+                yield Key("history", self.schema.feature(name), encoder.history, owner)

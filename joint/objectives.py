@@ -67,7 +67,10 @@ class Distillation(_Common):
 
 @dataclass(frozen=True, kw_only=True)
 class MultiClass(_Common):
-    """Softmax over the corpus for every impression (RRA 3): positives weigh 1, merely shown ones `shown_weight`."""
+    """Softmax over the corpus for every impression (RRA 3): positives weigh 1, merely shown ones `shown_weight`.
+
+    For a task of kind `weighted` positives weigh their value, and merely shown ones nothing (RRA 4).
+    """
 
     loss: Literal["multi_class"] = "multi_class"
     shown_weight: float = 0.5
@@ -92,13 +95,25 @@ class AdaptiveContrastive(_Common):
         check_positive(temperature=self.temperature, delta=self.delta)
 
 
-Objective = Binary | Distillation | MultiClass | AdaptiveContrastive
+@dataclass(frozen=True, kw_only=True)
+class ExpectedL0:
+    """The expected number of open gates of a head's SNR trunks, a penalty (Ma et al., AAAI'19; Louizos et al. 2018)."""
+
+    loss: Literal["expected_l0"] = "expected_l0"
+    head: Head
+    weight: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _check_not_negative(weight=self.weight)
+
+
+Objective = Binary | Distillation | MultiClass | AdaptiveContrastive | ExpectedL0
 
 
 def spaces_of(objective: Objective) -> dict[str, tuple[str, ...]]:
     """Head -> the spaces whose candidates the objective needs that head to score."""
-    if isinstance(objective, MultiClass):
-        return {}  # the impressions are scored as pool items
+    if isinstance(objective, MultiClass | ExpectedL0):
+        return {}  # impressions are scored as pool items; gates score nothing
     spaces = objective.space + (objective.winners if isinstance(objective, AdaptiveContrastive) else ())
     heads = [objective.head, *([objective.teacher] if isinstance(objective, Distillation) else [])]
     return dict.fromkeys(heads, spaces)
@@ -137,15 +152,18 @@ def space_mask(tokens: Sequence[str], batch: Batch, tasks: Tensor) -> Tensor:
 
 def compute(objective: Objective, outputs: Outputs, batch: Batch, task_names: Sequence[str]) -> LossTerm:
     """The objective's loss and count per task, float32 [T'], in the order of its tasks (or of all tasks)."""
+    head = outputs[objective.head]
+    if isinstance(objective, ExpectedL0):
+        assert head.expected_l0 is not None
+        return LossTerm(head.expected_l0.reshape(1), batch.labels.new_ones(1))
     names = objective.tasks or tuple(task_names)
     tasks = torch.tensor([list(task_names).index(name) for name in names], device=batch.item.device)
-    head = outputs[objective.head]
     match objective:
         case MultiClass():
             return _multi_class(objective, head, batch, tasks)
         case Binary():
             mask = space_mask(objective.space, batch, tasks) & head.computed[:, None]
-            weight = None if objective.positive_weight == 1 else objective.positive_weight
+            weight = objective.positive_weight * batch.weight[:, tasks]
             return losses.binary(head.logits[:, tasks], batch.labels[:, tasks], positive_weight=weight, mask=mask)
         case Distillation():
             teacher = outputs[objective.teacher]
@@ -168,20 +186,24 @@ def compute(objective: Objective, outputs: Outputs, batch: Batch, task_names: Se
 
 
 def _multi_class(objective: MultiClass, head: HeadOutput, batch: Batch, tasks: Tensor) -> LossTerm:
-    """Per task every impression is a row, its request's vector the query, against all eligible items."""
+    """Per task every impression is a row, its request's vector the query, against all eligible items.
+
+    A weighted task's positives weigh their value and what was merely shown nothing (RRA Eq 4).
+    """
     assert head.user is not None
     assert head.corpus is not None
     terms = []
+    shown = objective.shown_weight * ~batch.weighted
     for task in tasks.tolist():
-        seen = stage_mask(("exposed",), batch.stages) & batch.observed[:, task]
+        seen = stage_mask(("exposed",), batch.stages) & batch.observed[:, task] & (batch.column >= 0)
         candidate = seen.nonzero().flatten()
         terms.append(
             losses.multi_class_vectors(
                 head.user[:, task],
                 head.corpus,
                 batch.row[candidate],
-                batch.item[candidate],
-                sample_weight=torch.where(batch.positive[candidate, task], 1.0, objective.shown_weight),
+                batch.column[candidate],
+                sample_weight=batch.weight[candidate, task].where(batch.positive[candidate, task], shown[task]),
                 log_q=head.corpus_log_q,
                 excluded=batch.excluded,
             )

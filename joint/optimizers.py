@@ -10,7 +10,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import SGD, Adagrad, in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from joint.config import Optimizer
+from joint.experiment import Optimizer
 
 TABLE_OPTIMIZERS = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": Adagrad, "sgd": SGD}
 DENSE_OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -39,7 +39,7 @@ def build_optimizer(model: DistributedModelParallel, config: Optimizer) -> Combi
 
 
 def set_learning_rates(optimizer: CombinedOptimizer, config: Optimizer, step: int) -> dict[str, float]:
-    """Set both rates for a step (linear warm-up, then constant) and return them.
+    """Set both rates for a step (linear warm-up, then constant) and return them, as `optimizer/lr_NAME`.
 
     `zero_grad` has to follow before the backward pass: it is what hands the rate to the fused kernels.
     """
@@ -48,4 +48,4 @@ def set_learning_rates(optimizer: CombinedOptimizer, config: Optimizer, step: in
     for name, part in optimizer.optimizers:
         for group in part.param_groups:
             group["lr"] = rates[name]
-    return rates
+    return {f"optimizer/lr_{name}": rate for name, rate in rates.items()}

@@ -114,6 +114,14 @@ def corpus_ranks(
     return rank.where(eligible, NEVER)[inverse]
 
 
+def pool_ranks(scores: Tensor, row: Tensor, column: Tensor, *, mask: Tensor) -> Tensor:
+    """`corpus_ranks` where a column of -1 is an item outside the pool, which is never found."""
+    inside = column >= 0
+    found = torch.full_like(column, NEVER)
+    found[inside] = corpus_ranks(scores, row[inside], column[inside], mask=mask)
+    return found
+
+
 def _check_corpus(scores: Tensor, row: Tensor, target: Tensor) -> None:
     if scores.dim() != 2 or row.dim() != 1 or row.shape != target.shape:
         raise ValueError("scores must be [R, C], row and target both [M]")

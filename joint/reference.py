@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from joint import baselines, metrics
-from joint.config import Config
-from joint.data.assemble import logged, not_eligible, positives
+from joint.data.assemble import logged, positives
 from joint.data.dataset import Dataset
+from joint.data.eligibility import Eligibility
 from joint.data.ragged import Ragged
 from joint.data.requests import Requests, concatenate_requests
-from joint.data.sampling import eligible_mask
-from joint.ranks import corpus_ranks
+from joint.experiment import Config
+from joint.ranks import pool_ranks
 
 USER = "user_id"
 SMOOTHING = 5.0  # pseudo-labels of the user and item means
@@ -35,10 +35,13 @@ def baseline_metrics(config: Config, dataset: Dataset, split: str) -> dict[str, 
         "ease": baselines.history_scores(baselines.ease(*fitted), *histories),
     }
     row, target, wanted = _impressions(requests, config, dataset)
-    eligible = torch.from_numpy(eligible_mask(not_eligible(requests, config), dataset.schema.items))
+    eligibility = Eligibility(dataset, config.data)
+    eligible = torch.from_numpy(eligibility.mask(requests))
+    corpus = torch.from_numpy(eligibility.corpus)
+    column = torch.from_numpy(eligibility.columns(target.numpy()))
     found: dict[str, float] = {}
     for name, matrix in scores.items():
-        ranks = corpus_ranks(matrix, row[wanted], target[wanted], mask=eligible)
+        ranks = pool_ranks(matrix[:, corpus], row[wanted], column[wanted], mask=eligible)
         found |= {f"baselines/{name}/recall@{k}": metrics.recall_of_ranks(ranks, k).value for k in config.evaluation.k}
     means = baselines.smoothed_means(user, item, positive, smoothing=SMOOTHING)
     shown = torch.tensor(requests.scalars(USER))[row]

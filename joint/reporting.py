@@ -59,13 +59,16 @@ class Reporter:
         self._seconds += seconds
         self._waited += waited
 
-    def interval(self, step: int, counts: Sequence[int], rates: Mapping[str, float]) -> None:
-        """Say how the steps since the last interval went; `counts` are those of all ranks, summed."""
+    def interval(self, step: int, counts: Sequence[int], more: Mapping[str, float]) -> None:
+        """Say how the steps since the last interval went; `counts` are those of all ranks, summed.
+
+        `more` are numbers that are kept but not printed, such as learning rates.
+        """
         requests, candidates, unknown = counts
         elapsed = self._seconds
         losses = {n: float(torch.stack([entry[n] for entry in self._losses]).mean()) for n in self._losses[0]}
         numbers = {f"loss/{name}": value for name, value in losses.items()}
-        numbers |= {f"optimizer/lr_{name}": rate for name, rate in rates.items()}
+        numbers |= more
         numbers["speed/requests_per_second"] = requests / elapsed
         numbers["speed/candidates_per_second"] = candidates / elapsed
         numbers["speed/data_wait_fraction"] = self._waited / elapsed
@@ -88,6 +91,8 @@ class Reporter:
         if not self.speaks:
             return
         known = {name: value for name, value in numbers.items() if not math.isnan(value)}
+        if not known:
+            return
         self.metrics.write(json.dumps({"step": step} | known) + "\n")
         self.metrics.flush()
         for name, value in known.items():

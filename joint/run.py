@@ -10,7 +10,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -19,9 +19,10 @@ import torch
 
 from joint import __version__, settings
 from joint.checkpoint import steps
-from joint.config import Config, Run
+from joint.config import load_config
 from joint.distributed import world_size
-from joint.errors import CheckpointError
+from joint.errors import CheckpointError, ConfigError
+from joint.experiment import Config, Run
 from joint.schema import Schema
 
 
@@ -80,12 +81,20 @@ class RunDirectory:
         if found != schema.hash:
             raise CheckpointError(f"{self.path}: made from a dataset of hash {found}, this one's is {schema.hash}")
 
-    def load_config(self) -> tuple[Config, settings.Tree]:
-        """The run's own config; CheckpointError if there is none."""
+    def load_config(self, overrides: Sequence[str] = ()) -> tuple[Config, settings.Tree]:
+        """The run's own config, under overrides of how it is measured.
+
+        Raises:
+            CheckpointError: there is none.
+            ConfigError: an override is of something else.
+        """
         if not self.config.is_file():
             raise CheckpointError(f"{self.path}: not a run directory (no config.yaml in it)")
-        tree = settings.read(self.config)
-        return settings.decode(tree, Config), tree
+        for override in overrides:
+            key = override.partition("=")[0]
+            if not key.startswith(("evaluation.", "data.path")) and ".fusion" not in key:
+                raise ConfigError(f"{override}: of a trained run only evaluation.* and fusion weights may be changed")
+        return load_config(self.config, overrides)
 
 
 def open_run(config: Config, schema: Schema) -> RunDirectory:

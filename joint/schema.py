@@ -13,8 +13,9 @@ import numpy as np
 
 from joint.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS = ("train", "valid", "test")
+NEVER = np.iinfo(np.int32).max  # the first day of an item that never joins a pool
 
 
 class Stage(IntFlag):
@@ -50,9 +51,9 @@ class Feature:
 
     name: str
     level: Literal["request", "item", "event"]  # event: one value per past item of a history
-    kind: Literal["id", "ids", "float"]
+    kind: Literal["id", "ids", "float", "vector"]
     space: str = ""  # id space; by default the feature's own name
-    size: int = 0  # ids are 1 .. size - 1, and 0 is unknown; 0 for floats
+    size: int = 0  # ids are 1 .. size - 1, and 0 is unknown; the length of a vector; 0 for floats
 
     def __post_init__(self) -> None:
         if not self.space:
@@ -61,20 +62,29 @@ class Feature:
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """A list of past items per request, oldest first, with parallel lists of event features (`NAME.EVENT`)."""
+    """A list of past items per request, oldest first, with parallel lists of event features (`NAME.EVENT`).
+
+    `timed`: there is a parallel list `NAME.timestamp`, which audits read and training does not. `competitors`: a list
+    `NAME.competitors` holds so many items for each event, those that it won against in its own request, -1 for none.
+    """
 
     name: str
     events: tuple[str, ...] = ()
+    timed: bool = False
+    competitors: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One Parquet file of requests: all of one day and one split, in row groups of known lengths."""
+    """One Parquet file of requests of one day and one split, in time order and in row groups of known lengths."""
 
     path: str
     day: str
     split: str
     groups: tuple[int, ...]
+    begin: int  # timestamps of its first and last request
+    end: int
+    hash: str
 
     @property
     def rows(self) -> int:
@@ -93,7 +103,10 @@ class Schema:
     labels: tuple[str, ...]
     stages: tuple[str, ...]  # the stages this log holds
     input_space: dict[str, tuple[str, ...]]  # head -> logged stages that enter it
-    parts: tuple[Part, ...]
+    pools: tuple[str, ...] = ()  # named parts of the catalogue, each with the day on which an item joins it
+    orders: tuple[str, ...] = ()  # list<int16> columns: a candidate's place in a logged order, -1 outside of it
+    matures_after: dict[str, float] = field(default_factory=dict)  # label -> days until it is known
+    parts: tuple[Part, ...] = ()
     provenance: dict[str, object] = field(default_factory=dict)
     hash: str = ""
 
@@ -112,6 +125,16 @@ class Schema:
     def to_json(self) -> str:
         """The text of `dataset.json`."""
         return json.dumps({"version": FORMAT_VERSION} | dataclasses.asdict(self), indent=1)
+
+
+def day_number(day: str) -> int:
+    """Days from 1970-01-01 to `day` (YYYY-MM-DD): how the catalogue and `Requests` count days."""
+    return int(np.datetime64(day, "D").astype(np.int64))
+
+
+def first_day_column(pool: str) -> str:
+    """The catalogue's column of the day on which an item joins a pool; '' is the whole catalogue."""
+    return f"first_day.{pool}" if pool else "first_day"
 
 
 def read_schema(directory: Path) -> Schema:
@@ -134,10 +157,12 @@ def _from_json(raw: dict[str, Any]) -> Schema:
         **raw
         | {
             "features": tuple(Feature(**f) for f in raw["features"]),
-            "histories": tuple(History(name=h["name"], events=tuple(h["events"])) for h in raw["histories"]),
+            "histories": tuple(History(**h | {"events": tuple(h["events"])}) for h in raw["histories"]),
             "parts": tuple(Part(**p | {"groups": tuple(p["groups"])}) for p in raw["parts"]),
             "labels": tuple(raw["labels"]),
             "stages": tuple(raw["stages"]),
+            "pools": tuple(raw["pools"]),
+            "orders": tuple(raw["orders"]),
             "input_space": {k: tuple(v) for k, v in raw["input_space"].items()},
         }
     )

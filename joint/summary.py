@@ -8,14 +8,22 @@ from collections.abc import Mapping
 from torchrec.distributed import DistributedModelParallel
 
 from joint.checkpoint import Progress
-from joint.config import Config, heads_of
+from joint.cost import Cost
 from joint.data.dataset import Dataset
 from joint.distributed import world_size
+from joint.experiment import Config, heads_of
 from joint.features import Plan
 
 
-def opening(plan: Plan, dataset: Dataset, model: DistributedModelParallel, progress: Progress, total: int) -> str:
-    """What is about to be trained, on what, from where."""
+def opening(
+    plan: Plan,
+    dataset: Dataset,
+    model: DistributedModelParallel,
+    costs: Mapping[str, Cost],
+    progress: Progress,
+    total: int,
+) -> str:
+    """What is about to be trained, on what, from where, and what each head costs."""
     config, schema = plan.config, dataset.schema
     requests = sum(schema.requests(part) for part in config.data.train)
     rows = sum(table.rows for table in plan.tables)
@@ -28,8 +36,17 @@ def opening(plan: Plan, dataset: Dataset, model: DistributedModelParallel, progr
             f"{config.data.epochs} epochs, {total} steps of {config.data.requests_per_batch} on {world_size()} rank(s)",
             f"heads {', '.join(heads_of(config))}; {len(plan.tables)} tables of {rows:,} rows "
             f"({table_bytes / 2**20:.1f} MiB), {dense:,} dense parameters; {begin}",
+            *_aligned(_cost_cells(costs)),
         ]
     )
+
+
+def _cost_cells(costs: Mapping[str, Cost]) -> list[list[str]]:
+    heading = ["multiply-adds", "a request", "an item", "a candidate", "parameters"]
+    return [heading] + [
+        [head, f"{c.request:,}", f"{c.item:,}" if c.item else "-", f"{c.candidate:,}", f"{c.parameters:,}"]
+        for head, c in costs.items()
+    ]
 
 
 def highlights(config: Config, found: Mapping[str, float]) -> str:

@@ -90,6 +90,6 @@ def build_task(plan: Plan, device: torch.device) -> DistributedModelParallel:
     torch.manual_seed(config.run.seed)
     task = JointTask(plan)
     optimize_tables_in_backward(task.embeddings, config.optimizer)
-    model = shard(task, {name: table.sharding for name, table in config.tables.items()}, device=device)
-    initialise_tables(model, {name: table.init for name, table in config.tables.items()}, config.run.seed)
+    model = shard(task, {name: table.sharding for name, table in plan.table_settings.items()}, device=device)
+    initialise_tables(model, {name: table.init for name, table in plan.table_settings.items()}, config.run.seed)
     return model

@@ -10,18 +10,20 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from joint import checkpoint
 from joint.batch import Batch
 from joint.checkpoint import Progress
-from joint.config import Config
+from joint.cost import cost_numbers, head_costs
 from joint.data.assemble import Assembler
 from joint.data.dataset import Dataset
 from joint.data.loader import Loader
 from joint.data.order import Position
 from joint.distributed import TIMEOUT, process_group, rank, sum_over_ranks, world_size
 from joint.errors import RankError, UserError
-from joint.evaluation import evaluate
+from joint.evaluation import evaluator_of
+from joint.experiment import Config
 from joint.features import Plan
 from joint.optimizers import build_optimizer, set_learning_rates
 from joint.pipeline import build_pipeline
@@ -29,7 +31,7 @@ from joint.reporting import Reporter
 from joint.run import make_run, open_run, write_metrics
 from joint.summary import highlights, opening, table
 from joint.task import build_task
-from towers.mixtures import set_step
+from towers.mixtures import routing, set_step
 
 
 def train(config: Config, dataset: Dataset) -> None:
@@ -46,7 +48,10 @@ def train(config: Config, dataset: Dataset) -> None:
         if rank() == 0:  # only now that everything could be built
             make_run(run, config, dataset.schema)
         reporter = Reporter(run, total_steps=total, resumed_from=progress.step)
-        reporter.say(opening(plan, dataset, model, progress, total))
+        costs = head_costs(model.module.dense.model)
+        reporter.say(opening(plan, dataset, model, costs, progress, total))
+        if not progress.step:
+            reporter.numbers(0, cost_numbers(costs))
         pipeline = build_pipeline(model, optimizer, device)
         batches = Timed(loader.from_position(progress.position, pinned=device.type == "cuda"))
         model.train()
@@ -70,10 +75,10 @@ def train(config: Config, dataset: Dataset) -> None:
             progress = Progress(progress.step + 1, batch.position)
             if progress.step % config.train.log_every == 0 or progress.step == total:
                 counts = sum_over_ranks(torch.tensor(reporter.counts(), device=device))
-                reporter.interval(progress.step, counts.tolist(), rates)
+                reporter.interval(progress.step, counts.tolist(), rates | routing_numbers(model))
             if ends_epoch(progress.position, config.train.evaluate_every_epochs):
                 pipeline.detach()
-                found = evaluate(model, assembler, device, config.evaluation.valid, full=False)
+                found = evaluator_of(model, assembler, device)(config.evaluation.valid, whole_catalogue=False)
                 pipeline.attach()
                 model.train()
                 reporter.numbers(progress.step, found)
@@ -88,12 +93,22 @@ def train(config: Config, dataset: Dataset) -> None:
         else:
             pipeline.detach()
             reporter.say(f"measuring on {config.evaluation.test} …")
-            found = evaluate(model, assembler, device, config.evaluation.test)
+            found = evaluator_of(model, assembler, device).full(config.evaluation.test)
             if rank() == 0:
                 write_metrics(run, found)
             reporter.numbers(progress.step, {f"test/{name}": value for name, value in found.items()})
             reporter.say(table(config, found))
         reporter.close()
+
+
+def routing_numbers(model: nn.Module) -> dict[str, float]:
+    """`routing/GATE/to_I/from_J`: how open evaluation's gate of every edge of an SNR trunk is."""
+    return {
+        f"routing/{name.partition('heads.')[2]}/to_{i}/from_{j}": value
+        for name, gates in routing(model).items()
+        for i, row in enumerate(gates.tolist())
+        for j, value in enumerate(row)
+    }
 
 
 class Timed(Iterator[Batch]):

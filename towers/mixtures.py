@@ -15,17 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from towers.mlp import GroupedLinear, GroupedMlp, Mlp, check_layers
+from towers.checks import check_choice, check_counts, check_dropout, check_widths
+from towers.mlp import GroupedLinear, GroupedMlp, Mlp
 
 # Hard-concrete distribution (Louizos et al., ICLR'18): temperature, and (0, 1) stretched to (gamma, zeta).
 BETA, GAMMA, ZETA = 2.0 / 3.0, -0.1, 1.1
-
-
-def check_counts(**counts: int) -> None:
-    """Raise ValueError for a count below 1."""
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +31,21 @@ class SharedBottom:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        check_layers(self.hidden, self.dropout)
+        check_widths(hidden=self.hidden)
+        check_dropout(self.dropout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WideAndDeep:
+    """One stack of `hidden` layers that all tasks share, beside it a linear term per task (Cheng et al., 2016)."""
+
+    kind: Literal["wide_and_deep"] = "wide_and_deep"
+    hidden: tuple[int, ...] = (128, 64)
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_widths(hidden=self.hidden)
+        check_dropout(self.dropout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +59,8 @@ class Mmoe:
 
     def __post_init__(self) -> None:
         check_counts(experts=self.experts)
-        check_layers(self.hidden, self.dropout)
+        check_widths(hidden=self.hidden)
+        check_dropout(self.dropout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +82,8 @@ class Ple:
         if self.task_experts < 0:
             raise ValueError(f"task_experts must not be negative, got {self.task_experts}")
         check_counts(shared_experts=self.shared_experts, layers=self.layers)
-        check_layers(self.hidden, self.dropout)
+        check_widths(hidden=self.hidden)
+        check_dropout(self.dropout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,19 +102,19 @@ class Snr:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.mode not in ("trans", "aver"):
-            raise ValueError(f"mode must be trans or aver, got {self.mode!r}")
+        check_choice("mode", self.mode, "trans", "aver")
         check_counts(subnetworks=self.subnetworks)
-        check_layers(self.hidden, self.dropout)
+        check_widths(hidden=self.hidden)
+        check_dropout(self.dropout)
 
 
-Trunk = SharedBottom | Mmoe | Ple | Snr
+Trunk = SharedBottom | WideAndDeep | Mmoe | Ple | Snr
 
 
 class SharedBottomTrunk(nn.Module):
     """The same representation for every task."""
 
-    def __init__(self, config: SharedBottom, *, tasks: int) -> None:
+    def __init__(self, config: SharedBottom | WideAndDeep, *, tasks: int) -> None:
         super().__init__()
         self.tasks = tasks
         self.width, self.out_dim = config.hidden[0], config.hidden[-1]
@@ -117,6 +127,24 @@ class SharedBottomTrunk(nn.Module):
     def forward(self, pre: Tensor) -> Tensor:
         """`[M, T, out_dim]` of `pre [M, width]`; a view, equal for all tasks."""
         return self.bottom(pre).unsqueeze(1).expand(-1, self.tasks, -1)
+
+
+class WideAndDeepTrunk(nn.Module):
+    """`[deep; wide_t]`: what the tasks share, and a column that is linear in the head's input.
+
+    It is the paper's model where the task's own layers are one linear map.
+    """
+
+    def __init__(self, config: WideAndDeep, *, tasks: int) -> None:
+        super().__init__()
+        self.deep = SharedBottomTrunk(config, tasks=tasks)
+        self.split = [self.deep.width, tasks]
+        self.width, self.out_dim = sum(self.split), self.deep.out_dim + 1
+
+    def forward(self, pre: Tensor) -> Tensor:
+        """`[M, T, out_dim]` of `pre [M, width]`, the deep part's first layer, then each task's wide term."""
+        deep, wide = pre.split(self.split, dim=1)
+        return torch.cat([self.deep(deep), wide.unsqueeze(2)], dim=2)
 
 
 def _experts(experts: int, hidden: tuple[int, ...], dropout: float) -> nn.Sequential:
@@ -304,7 +332,9 @@ class SnrTrunk(nn.Module):
         return x
 
 
-def build_trunk(config: Trunk, *, tasks: int, seed: int = 0) -> SharedBottomTrunk | MmoeTrunk | PleTrunk | SnrTrunk:
+def build_trunk(
+    config: Trunk, *, tasks: int, seed: int = 0
+) -> SharedBottomTrunk | WideAndDeepTrunk | MmoeTrunk | PleTrunk | SnrTrunk:
     """The trunk of a config: it has `width`, `out_dim` and `forward(pre [M, width]) -> [M, T, out_dim]`.
 
     `seed` seeds the gates of SNR. ValueError without a task.
@@ -313,6 +343,8 @@ def build_trunk(config: Trunk, *, tasks: int, seed: int = 0) -> SharedBottomTrun
     match config:
         case SharedBottom():
             return SharedBottomTrunk(config, tasks=tasks)
+        case WideAndDeep():
+            return WideAndDeepTrunk(config, tasks=tasks)
         case Mmoe():
             return MmoeTrunk(config, tasks=tasks)
         case Ple():

@@ -1,26 +1,11 @@
 """Dense layers: a plain stack, a first layer factored over request and candidate, and one layer per group."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-
-
-def check_layers(hidden: Sequence[int], dropout: float) -> None:
-    """ValueError unless `hidden` is one or more positive widths and `dropout` is in [0, 1)."""
-    if not hidden or min(hidden) < 1:
-        raise ValueError(f"hidden must be one or more positive widths, got {list(hidden)}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-
-
-def check_fusion(weights: Mapping[str, float]) -> None:
-    """Raise ValueError for a task's weight that is not a finite number."""
-    for task, weight in weights.items():
-        if not math.isfinite(weight):
-            raise ValueError(f"fusion weight of {task} must be finite, got {weight}")
 
 
 class Mlp(nn.Sequential):
@@ -112,3 +97,12 @@ class TaskTower(nn.Sequential):
         body = GroupedMlp(tasks, in_dim, hidden, dropout=dropout)
         super().__init__(body, GroupedLinear(tasks, body.out_dim, out_dim))
         self.out_dim = out_dim
+
+    def forward(self, x: Tensor, weights: Sequence[Tensor] = ()) -> Tensor:
+        """`[M, T, out_dim]` of `x [M, T, in_dim]`; `weights [M, T, width]`, one a hidden layer, multiply its output."""
+        gates = iter(weights)
+        for layer in self[0].children():
+            x = layer(x)
+            if weights and isinstance(layer, nn.ReLU):
+                x = x * next(gates)
+        return self[1](x)

@@ -8,19 +8,29 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from towers.mixtures import SharedBottom, Trunk, build_trunk, check_counts
-from towers.mlp import Mlp, TaskTower, check_fusion, check_layers
+from towers.checks import check_choice, check_counts, check_fusion, check_positive, check_widths
+from towers.fields import Fields, width_of
+from towers.gate import Gate, check_prior
+from towers.interactions import Interaction
+from towers.mixtures import SharedBottom, Trunk
+from towers.mlp import Mlp
+from towers.tower import Tower
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieval:
     """A user tower with a vector per task, and one item tower; logit = similarity / temperature.
 
-    `fusion` weighs the tasks' logits in the served score, which is one vector a user (RRA Eq 8); none named: all 1.
+    The user tower may begin with a `gate` and an `interaction` and end in layers of each task (`task_hidden`, RRA
+    4.2.4). `fusion` weighs the tasks' logits in the served score, which is one vector a user (RRA Eq 8); none named:
+    all 1.
     """
 
     features: tuple[str, ...]
+    gate: Gate | None = None
+    interaction: Interaction | None = None
     trunk: Trunk = SharedBottom()
+    task_hidden: tuple[int, ...] = ()
     item_hidden: tuple[int, ...] = ()
     dim: int = 32
     similarity: Literal["dot", "cosine"] = "dot"
@@ -28,28 +38,38 @@ class Retrieval:
     fusion: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_widths(least=0, task_hidden=self.task_hidden, item_hidden=self.item_hidden)
         check_counts(dim=self.dim)
-        check_layers(self.item_hidden or (1,), 0.0)
+        check_choice("similarity", self.similarity, "dot", "cosine")
+        check_positive(temperature=self.temperature)
         check_fusion(self.fusion)
-        if self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature}; expected more than 0")
 
 
 class RetrievalHead(nn.Module):
-    """Vectors of users (per task) and items in one space of width D."""
+    """Vectors of users (per task) and items in one space of width D. ValueError for a prior that users have not."""
 
-    def __init__(self, config: Retrieval, *, request_dim: int, item_dim: int, tasks: int, seed: int) -> None:
+    def __init__(
+        self, config: Retrieval, *, request_fields: Fields, item_fields: Fields, tasks: int, seed: int
+    ) -> None:
         super().__init__()
+        check_prior(request_fields, gate=config.gate)
         self.config = config
-        self.trunk = build_trunk(config.trunk, tasks=tasks, seed=seed)
-        self.user_first = nn.Linear(request_dim, self.trunk.width)
-        self.user_last = TaskTower(tasks, self.trunk.out_dim, out_dim=config.dim)
-        body = Mlp(item_dim, config.item_hidden)
+        self.user = Tower(
+            fields=request_fields,
+            gate=config.gate,
+            interaction=config.interaction,
+            trunk=config.trunk,
+            task_hidden=config.task_hidden,
+            out_dim=config.dim,
+            tasks=tasks,
+            seed=seed,
+        )
+        body = Mlp(width_of(item_fields), config.item_hidden)
         self.item = nn.Sequential(body, nn.Linear(body.out_dim, config.dim))
 
     def user_vectors(self, request: Tensor) -> Tensor:
         """`[R, T, D]` of the request side `[R, request_dim]`; the temperature is folded in."""
-        vectors = self.user_last(self.trunk(self.user_first(request)))
+        vectors = self.user(request)
         if self.config.similarity == "cosine":
             vectors = F.normalize(vectors, dim=-1)
         return vectors / self.config.temperature
@@ -63,3 +83,8 @@ class RetrievalHead(nn.Module):
     def logits(user: Tensor, item: Tensor, row: Tensor) -> Tensor:
         """`[N, T]` of user vectors `[R, T, D]`, item vectors `[N, D]` and each candidate's request `[N]`."""
         return (user.index_select(0, row) * item.unsqueeze(1)).sum(-1)
+
+    @staticmethod
+    def fused_vectors(user: Tensor, weights: Tensor) -> Tensor:
+        """`[R, D]` of `[R, T, D]` and `[T]`: `Σ_t w_t u_t`, whose logit of an item is `Σ_t w_t logit_t` (RRA Eq 8)."""
+        return weights.to(user) @ user

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from towers.mlp import Mlp, check_layers
+from towers.checks import check_choice, check_counts, check_dropout, check_widths
+from towers.mlp import FactoredLinear, Mlp
 
 # Attention over candidates runs in blocks of so many numbers per intermediate tensor: what a core's cache holds
 # (2 MiB in float32), or what keeps a GPU busy.
@@ -45,10 +46,13 @@ def to_padded(values: Tensor, lengths: Tensor, max_length: int | None) -> Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mean:
-    """The mean of a history's events."""
+class Pooling:
+    """The mean of a history's events, or their sum (RRA 4.2.3)."""
 
-    kind: Literal["mean"] = "mean"
+    kind: Literal["mean", "sum"] = "mean"
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, "mean", "sum")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +72,9 @@ class SelfAttention:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.mode not in ("causal", "bidirectional"):
-            raise ValueError(f"mode must be causal or bidirectional, got {self.mode!r}")
-        if min(self.layers, self.heads, self.positions) < 1:
-            raise ValueError("layers, heads and positions must be at least 1")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        check_choice("mode", self.mode, "causal", "bidirectional")
+        check_counts(layers=self.layers, heads=self.heads, positions=self.positions)
+        check_dropout(self.dropout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,24 +89,35 @@ class TargetAttention:
     softmax: bool = False
 
     def __post_init__(self) -> None:
-        check_layers(self.hidden, 0.0)
+        check_widths(hidden=self.hidden)
 
 
-Encoder = Mean | SelfAttention | TargetAttention
+Encoder = Pooling | SelfAttention | TargetAttention
 
 
-class MeanEncoder(nn.Module):
-    """The mean of each request's events."""
+@dataclass(frozen=True, kw_only=True)
+class Competing:
+    """Attention of a past event over what competed with it for exposure, an MLP of `hidden` layers (RecFlow A.6)."""
 
-    def __init__(self, *, dim: int) -> None:
+    hidden: tuple[int, ...] = (80,)
+
+    def __post_init__(self) -> None:
+        check_widths(hidden=self.hidden)
+
+
+class PoolingEncoder(nn.Module):
+    """The mean or the sum of each request's events."""
+
+    def __init__(self, config: Pooling, *, dim: int) -> None:
         super().__init__()
+        self.mean = config.kind == "mean"
         self.out_dim = dim
 
     def forward(self, history: Tensor, lengths: Tensor) -> Tensor:
         """`[R, D]` of `history [R, L, D]` and `lengths [R]`."""
         valid = _age(lengths, history.shape[1]) >= 0
         total = history.masked_fill(~valid.unsqueeze(2), 0.0).sum(dim=1)
-        return total / valid.sum(dim=1, keepdim=True).clamp(min=1)
+        return total / valid.sum(dim=1, keepdim=True).clamp(min=1) if self.mean else total
 
 
 class _Block(nn.Module):
@@ -271,14 +283,39 @@ def _blocks(counts: list[int], most: int) -> list[tuple[int, int]]:
     return blocks
 
 
-def build_encoder(config: Encoder, *, dim: int) -> MeanEncoder | SelfAttentionEncoder | TargetAttentionEncoder:
+class CompetingEncoder(nn.Module):
+    """`Σ_k softmax_k(a([v; c_k])) c_k` over the competitors c of each event v (RecFlow A.6 and A.8).
+
+    The first layer of the MLP `a` sees each event once, not with every competitor.
+    """
+
+    def __init__(self, config: Competing, *, dim: int) -> None:
+        super().__init__()
+        self.first = FactoredLinear(dim, dim, config.hidden[0])
+        self.rest = nn.Sequential(nn.ReLU(), Mlp(config.hidden[0], config.hidden[1:]), nn.Linear(config.hidden[-1], 1))
+        self.out_dim = dim
+
+    def forward(self, event: Tensor, competitors: Tensor, valid: Tensor) -> Tensor:
+        """`[E, D]` of `event [E, D]`, `competitors [E, K, D]` and which of them are `valid [E, K]`.
+
+        The content of the others never matters; an event without competitors gives zeros, whatever it holds.
+        """
+        event = event.masked_fill(~valid.any(dim=1, keepdim=True), 0.0)
+        competitors = competitors.masked_fill(~valid.unsqueeze(2), 0.0)
+        first = self.first.request_part(event).unsqueeze(1) + self.first.candidate_part(competitors)
+        scores = self.rest(first).squeeze(2)
+        weights = scores.masked_fill(~valid, torch.finfo(scores.dtype).min).softmax(dim=1)
+        return torch.bmm(weights.unsqueeze(1), competitors).squeeze(1)
+
+
+def build_encoder(config: Encoder, *, dim: int) -> PoolingEncoder | SelfAttentionEncoder | TargetAttentionEncoder:
     """The encoder of a config for histories of width `dim`, which is its `out_dim` too.
 
     Only `TargetAttentionEncoder` also takes `target [N, D]` and `row [N]`; it gives one vector per candidate.
     """
     match config:
-        case Mean():
-            return MeanEncoder(dim=dim)
+        case Pooling():
+            return PoolingEncoder(config, dim=dim)
         case SelfAttention():
             return SelfAttentionEncoder(config, dim=dim)
         case TargetAttention():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -11,12 +11,14 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from joint.batch import Batch
-from joint.config import Config, Task
+from joint.data.columns import Columns
 from joint.data.dataset import Dataset
+from joint.data.eligibility import Eligibility
 from joint.data.order import Position
-from joint.data.ragged import Ragged, concatenate, offsets_of
+from joint.data.ragged import Ragged
 from joint.data.requests import Requests
 from joint.data.sampling import Candidates
+from joint.experiment import Task
 from joint.features import Key, Plan
 from joint.objectives import head_spaces, stage_mask
 from joint.schema import Stage, table_rows
@@ -28,6 +30,7 @@ class Assembler:
     def __init__(self, plan: Plan, dataset: Dataset) -> None:
         self.plan = plan
         self.dataset = dataset
+        self.eligibility = Eligibility(dataset, plan.config.data)
         self.rows = {table.name: table.rows for table in plan.tables}
         self.head_spaces = head_spaces(plan.config.objectives.values(), plan.config.heads.__dict__)
 
@@ -48,42 +51,52 @@ class Assembler:
             scoring: heads that score every candidate while the others score none (evaluation); None: every head
                 scores those that its objectives need.
         """
-        histories = {name: requests.lists(name).newest(n) for name, n in self.plan.history_lengths.items()}
+        columns = Columns(self.plan, self.dataset, requests, candidates.items, pool)
         unknown = 0
         values: dict[Key, Ragged] = {}
         inner: dict[str, Tensor] = {}
         floats: dict[str, Tensor] = {}
         for key in self.plan.keys:
-            column = self._column(key, requests, candidates, pool, histories)
-            if key.feature.kind == "float":
-                floats[key.name] = torch.from_numpy(column.values.astype(np.float32)[:, None])
+            if not key.embedded:
+                floats[key.name] = torch.from_numpy(columns.numbers(key))
                 continue
-            if key.feature.kind == "ids":
-                column, lengths = _flatten(column, self.dataset.catalogue[key.feature.name])
+            ids, lengths = columns.ids(key)
+            if lengths is not None:
                 inner[key.name] = torch.from_numpy(lengths)
-            ids, missed = table_rows(column.values, self.rows[key.feature.space])
+            rows, missed = table_rows(ids.values, self.rows[key.table])
             unknown += missed
-            values[key] = column.with_values(ids)
+            values[key] = ids.with_values(rows)
         offsets = torch.from_numpy(candidates.items.offsets)
         stages = torch.from_numpy(candidates.stages.astype(np.int64))
-        labels, positive, observed = _labels(candidates, list(self.plan.config.tasks.values()))
+        items = candidates.items.values.astype(np.int64)
+        # A batch is of one day.
+        is_open = partial(self.eligibility.is_open, day=int(requests.scalars("day")[-1]))
+        labels, weight, positive, observed = _labels(candidates, list(self.plan.config.tasks.values()))
         return Batch(
             sparse={name: _jagged(keys, values) for name, keys in self.plan.keys_by_width.items()},
             inner=inner,
             floats=floats,
-            lengths={name: torch.from_numpy(history.lengths) for name, history in histories.items()},
+            competitors={
+                name: torch.from_numpy((items.values >= 0).reshape(-1, self.plan.schema.history(name).competitors))
+                for name, items in columns.competitors.items()
+            },
+            lengths={name: torch.from_numpy(history.lengths) for name, history in columns.histories.items()},
             offsets=offsets,
             row=torch.from_numpy(candidates.items.rows),
-            item=torch.from_numpy(candidates.items.values.astype(np.int64)),
+            item=torch.from_numpy(items),
             stages=stages,
             labels=labels,
+            weight=weight,
+            weighted=torch.tensor([task.kind == "weighted" for task in self.plan.config.tasks.values()]),
             positive=positive,
             observed=observed,
             request_id=torch.from_numpy(requests.scalars("request_id").copy()),
             group=torch.from_numpy(requests.scalars("group").astype(np.int64)),
             head_rows=self._head_rows(stages, scoring),
             pool_item=torch.from_numpy(pool),
-            excluded=_pairs(not_eligible(requests, self.plan.config)),
+            pool_open=torch.from_numpy(is_open(pool)),
+            column=torch.from_numpy(np.where(is_open(items), self.eligibility.columns(items), -1)),
+            excluded=self._excluded(requests),
             requests=len(requests),
             unknown=unknown,
             position=position,
@@ -106,28 +119,10 @@ class Assembler:
         }
         return Requests(columns)
 
-    def _column(
-        self,
-        key: Key,
-        requests: Requests,
-        candidates: Candidates,
-        pool: np.ndarray,
-        histories: dict[str, Ragged],
-    ) -> Ragged:
-        """The key's values per request; for 'ids' features of items, the item indices."""
-        if key.side == "request":
-            return Ragged(requests.scalars(key.feature.name), np.arange(len(requests) + 1))
-        if key.feature.level == "event":
-            return requests.lists(f"{key.history}.{key.feature.name}").newest(self.plan.history_lengths[key.history])
-        if key.side == "history":
-            items = histories[key.history]
-        else:
-            items = candidates.items if key.side == "candidate" else _in_first(pool, len(requests))
-        if key.feature.kind == "ids":
-            return items
-        column = self.dataset.catalogue[key.feature.name]
-        assert isinstance(column, np.ndarray)
-        return items.with_values(np.where(items.values >= 0, column[items.values], 0))
+    def _excluded(self, requests: Requests) -> Tensor:
+        taken = self.eligibility.taken(requests)
+        pairs = np.stack([taken.rows, self.eligibility.columns(taken.values)], axis=1)
+        return torch.from_numpy(pairs[pairs[:, 1] >= 0])
 
     def _head_rows(self, stages: Tensor, scoring: Collection[str] | None) -> dict[str, Tensor]:
         if scoring is not None:
@@ -139,33 +134,6 @@ def logged(requests: Requests, dataset: Dataset) -> Candidates:
     """The candidates as logged."""
     labels = {name: requests.lists(name).values for name in dataset.schema.labels}
     return Candidates(requests.lists("candidates"), requests.lists("stages").values, labels)
-
-
-def not_eligible(requests: Requests, config: Config) -> Ragged:
-    """Items that must not be recommended to each request: those in the histories that the config names."""
-    names = config.data.not_eligible
-    if not names:
-        return Ragged(np.zeros(0, np.int64), np.zeros(len(requests) + 1, np.int64))
-    joined = concatenate([requests.lists(name) for name in names])
-    count = len(requests)
-    order = np.arange(len(names) * count).reshape(len(names), count).T.ravel()
-    taken = joined.take(order)
-    return Ragged(taken.values.astype(np.int64), taken.offsets[:: len(names)])
-
-
-def _flatten(items: Ragged, lists: object) -> tuple[Ragged, np.ndarray]:
-    """Ids of a multi-valued feature of items: the ids per request, and how many each item has."""
-    assert isinstance(lists, Ragged)
-    known = items.values >= 0
-    starts = np.where(known, lists.offsets[:-1][items.values], 0)
-    lengths = np.where(known, lists.lengths[items.values], 0)
-    flat = lists.slices(starts, lengths)
-    return Ragged(flat.values, flat.offsets[items.offsets]), lengths
-
-
-def _in_first(pool: np.ndarray, requests: int) -> Ragged:
-    """The pool rides in the first request's list, so that one look-up serves it too."""
-    return Ragged(pool, offsets_of(np.where(np.arange(requests) == 0, len(pool), 0)))
 
 
 def _jagged(keys: Sequence[Key], values: dict[Key, Ragged]) -> KeyedJaggedTensor:
@@ -183,8 +151,8 @@ def positives(candidates: Candidates, task: Task) -> np.ndarray:
         return exposed & (candidates.labels[task.label] >= task.at_least)
 
 
-def _labels(candidates: Candidates, tasks: Sequence[Task]) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels in [0, 1], positives and observed, each `[N, T]`."""
+def _labels(candidates: Candidates, tasks: Sequence[Task]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Labels in [0, 1], weights of positives, positives and observed, each `[N, T]`."""
     exposed = (candidates.stages & Stage.EXPOSED) != 0
     raw = np.stack([candidates.labels[task.label] for task in tasks], axis=1)
     known = ~np.isnan(raw) & exposed[:, None]
@@ -192,8 +160,7 @@ def _labels(candidates: Candidates, tasks: Sequence[Task]) -> tuple[Tensor, Tens
     positive = known & (value >= np.array([task.at_least for task in tasks], np.float32))
     ratio = np.array([task.kind == "ratio" for task in tasks])
     labels = np.where(ratio, value.clip(0, 1), positive).astype(np.float32)
-    return torch.from_numpy(labels), torch.from_numpy(positive), torch.from_numpy(known | ~exposed[:, None])
-
-
-def _pairs(lists: Ragged) -> Tensor:
-    return torch.from_numpy(np.stack([lists.rows, lists.values], axis=1).astype(np.int64))
+    weighted = np.array([task.kind == "weighted" for task in tasks])
+    weight = np.where(weighted & positive, value, 1).astype(np.float32)
+    observed = known | ~exposed[:, None]
+    return torch.from_numpy(labels), torch.from_numpy(weight), torch.from_numpy(positive), torch.from_numpy(observed)

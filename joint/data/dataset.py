@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 from joint.data.ragged import Ragged, offsets_of
 from joint.data.requests import Column, Requests, concatenate_requests, from_arrow, to_arrow
 from joint.errors import DataError
-from joint.schema import Part, Schema, read_schema
+from joint.schema import SPLITS, Part, Schema, day_number, first_day_column, read_schema
 
 REQUEST_COLUMNS = ("request_id", "timestamp", "group")
-CANDIDATE_COLUMNS = ("candidates", "stages")
+CANDIDATE_COLUMNS = ("candidates", "stages")  # lists of int32 item indices and of uint16 flags
 T = TypeVar("T")
 
 
@@ -34,17 +34,23 @@ class Dataset:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.schema = read_schema(self.directory)
-        self.catalogue = self._read_catalogue()
+        self.catalogue, self.first_day = self._read_catalogue()
         for part in self.schema.parts:
             self._check_part(part)
 
     def columns(self) -> tuple[str, ...]:
-        """Every column a request file must have, in file order."""
+        """The columns that training reads."""
         schema = self.schema
         events = [f"{history.name}.{event}" for history in schema.histories for event in history.events]
+        competitors = [f"{history.name}.competitors" for history in schema.histories if history.competitors]
         names = [feature.name for feature in schema.features if feature.level == "request"]
         histories = [history.name for history in schema.histories]
-        return (*REQUEST_COLUMNS, "split", *names, *histories, *events, *CANDIDATE_COLUMNS, *schema.labels)
+        return (*REQUEST_COLUMNS, *names, *histories, *events, *competitors, *CANDIDATE_COLUMNS, *schema.labels)
+
+    def further_columns(self) -> tuple[str, ...]:
+        """The columns that only an audit or a report reads."""
+        times = [f"{history.name}.timestamp" for history in self.schema.histories if history.timed]
+        return (*times, *self.schema.orders)
 
     def parts(self, splits: Sequence[str]) -> dict[str, list[Part]]:
         """Day -> its request files of these splits; days in time order."""
@@ -54,25 +60,31 @@ class Dataset:
         days = sorted({part.day for part in chosen})
         return {day: [part for part in chosen if part.day == day] for day in days}
 
-    def read(self, part: Part, groups: Sequence[int]) -> Requests:
-        """Row groups of a request file, without the `split` column."""
+    def read(self, part: Part, groups: Sequence[int] | None = None, *, further: Sequence[str] = ()) -> Requests:
+        """Row groups of a request file (None: all of them), with the number of the day as one more column, `day`.
+
+        `further` names columns beyond those of training: some of `further_columns`.
+        """
         path = self.directory / part.path
-        names = [name for name in self.columns() if name != "split"]
+        groups = range(len(part.groups)) if groups is None else groups
         try:
-            requests = from_arrow(pq.ParquetFile(path).read_row_groups(list(groups), columns=names))
+            table = pq.ParquetFile(path).read_row_groups(list(groups), columns=[*self.columns(), *further])
         except (pa.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]
             raise DataError(f"{path}: row groups {list(groups)} cannot be read ({reason})") from error
+        requests = from_arrow(table)
         for name in ("candidates", *(history.name for history in self.schema.histories)):
             _check_items(path, name, requests.lists(name).values, self.schema.items)
-        return requests
+        day = np.full(len(requests), day_number(part.day), np.int32)
+        return Requests({**requests.columns, "day": day})
 
     def read_split(self, split: str) -> Requests:
         """All requests of a split at once, in time order: for evaluation and baselines."""
         parts = [part for day in self.parts([split]).values() for part in day]
-        return concatenate_requests([self.read(part, range(len(part.groups))) for part in parts])
+        return concatenate_requests([self.read(part) for part in parts])
 
-    def _read_catalogue(self) -> dict[str, Column]:
+    def _read_catalogue(self) -> tuple[dict[str, Column], dict[str, np.ndarray]]:
+        """The item features; and for every pool ('' is the whole catalogue) the day on which each item joins it."""
         path = self.directory / "items.parquet"
         if not self.schema.items:
             raise DataError(f"{path}: the catalogue is empty; expected at least one item")
@@ -80,13 +92,15 @@ class Dataset:
         if table.num_rows != self.schema.items:
             raise DataError(f"{path}: {table.num_rows} items; dataset.json says {self.schema.items}")
         names = [feature.name for feature in self.schema.features if feature.level == "item"]
-        _require(path, names, table.column_names)
-        return dict(from_arrow(table.select(names)).columns)
+        days = {pool: first_day_column(pool) for pool in ("", *self.schema.pools)}
+        _require(path, [*names, *days.values()], table.column_names)
+        first_day = {pool: table.column(name).to_numpy().astype(np.int32) for pool, name in days.items()}
+        return dict(from_arrow(table.select(names)).columns), first_day
 
     def _check_part(self, part: Part) -> None:
         path = self.directory / part.path
         file = _open(path, pq.ParquetFile)
-        _require(path, self.columns(), file.schema_arrow.names)
+        _require(path, [*self.columns(), *self.further_columns(), "split"], file.schema_arrow.names)
         groups = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
         if groups != list(part.groups):
             found, said = (f"{sum(counts)} in {len(counts)} row groups" for counts in (groups, part.groups))
@@ -118,13 +132,17 @@ def _require(path: Path, wanted: Sequence[str], found: Sequence[str]) -> None:
 class DatasetWriter:
     """Writes a dataset into a temporary folder beside OUT, which `finish` renames; a failure leaves nothing.
 
-    Use as a context manager: `add` requests of one day and split at a time, in time order, then `finish`.
+    Use as a context manager: `add` requests of one day and split at a time, in time order, then `finish`. Days may be
+    written by other processes with `write_part`; then `parts` has to name theirs.
+
+    Args:
+        keep: leave the temporary folder after a failure, and take it up as it was left: for sources that resume.
 
     Raises:
         DataError: OUT exists and may not be overwritten, or cannot be made.
     """
 
-    def __init__(self, out: str | Path, *, overwrite: bool = False) -> None:
+    def __init__(self, out: str | Path, *, overwrite: bool = False, keep: bool = False) -> None:
         self.out = Path(out)
         if self.out.exists() and not overwrite:
             raise DataError(f"{self.out}: exists already; choose another folder or say --overwrite")
@@ -132,55 +150,87 @@ class DatasetWriter:
             raise DataError(f"{self.out}: is not a dataset, and will not be overwritten")
         whole = self.out.absolute()
         self.temporary = whole.with_name(f".{whole.name}.unfinished")
-        self._parts: list[Part] = []
-        self._digest = hashlib.sha256()
+        self.keep = keep
+        self.parts: list[Part] = []
+        self._hashes: dict[str, str] = {}
 
     def __enter__(self) -> DatasetWriter:
-        shutil.rmtree(self.temporary, ignore_errors=True)
+        if not self.keep:
+            shutil.rmtree(self.temporary, ignore_errors=True)
         try:
-            self.temporary.mkdir(parents=True)
+            self.temporary.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"{self.out}: cannot be made ({error})") from error
         return self
 
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.temporary, ignore_errors=True)
+    def __exit__(self, kind: object, *_: object) -> None:
+        if not (self.keep and kind):
+            shutil.rmtree(self.temporary, ignore_errors=True)
 
     def items(self, columns: Mapping[str, Column]) -> None:
-        """Write the catalogue: row number = item index."""
-        self._write("items.parquet", to_arrow(Requests(columns)), group=65_536)
+        """Write the catalogue: row number = item index. Without `first_day` all items were there from the start."""
+        count = len(next(iter(columns.values())))
+        always = {first_day_column(""): np.zeros(count, np.int32)}
+        self._write("items.parquet", to_arrow(Requests(always | dict(columns))))
 
     def vocabulary(self, space: str, values: Sequence[object]) -> None:
         """Keep the words of an id space: the word of id i + 1 is `values[i]`."""
-        self._write(f"vocabularies/{space}.parquet", pa.table({"value": pa.array(list(values))}), group=65_536)
+        self._write(f"vocabularies/{space}.parquet", pa.table({"value": pa.array(list(values))}))
 
     def add(self, requests: Requests, *, day: str, split: str) -> None:
         """Write requests of one day and split as one more file; nothing is written for none."""
-        if not len(requests):
-            return
-        table = to_arrow(requests).append_column("split", pa.array([split] * len(requests)).dictionary_encode())
-        number = sum((part.day, part.split) == (day, split) for part in self._parts)
-        path = f"requests/day={day}/part-{split}-{number}.parquet"
-        # Many small row groups let a day be dealt evenly to the virtual shards; large ones read faster.
-        group = int(np.clip(len(requests) // 128, 16, 1024))
-        self._write(path, table, group=group)
-        sizes = tuple(min(group, len(requests) - start) for start in range(0, len(requests), group))
-        self._parts.append(Part(path=path, day=day, split=split, groups=sizes))
+        number = sum((part.day, part.split) == (day, split) for part in self.parts)
+        if len(requests):
+            self.parts.append(write_part(self.temporary, requests, day=day, split=split, number=number))
 
     def finish(self, schema: Schema) -> Schema:
         """Write `dataset.json` (with the parts and the hash filled in) and move everything into place."""
-        schema = dataclasses.replace(schema, parts=tuple(self._parts), hash=self._digest.hexdigest()[:16])
+        parts = tuple(sorted(self.parts, key=lambda part: (part.day, SPLITS.index(part.split))))
+        schema = dataclasses.replace(schema, parts=parts)
+        said = dataclasses.replace(schema, provenance={}, hash="").to_json()
+        schema = dataclasses.replace(schema, hash=_digest(said, *sorted(self._hashes.items())))
         (self.temporary / "dataset.json").write_text(schema.to_json())
         if self.out.exists():
             shutil.rmtree(self.out)
         self.temporary.rename(self.out)
         return schema
 
-    def _write(self, name: str, table: pa.Table, *, group: int) -> None:
+    def _write(self, name: str, table: pa.Table) -> None:
         path = self.temporary / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, path, row_group_size=group, compression="zstd")
-        self._digest.update(name.encode() + path.read_bytes())
+        pq.write_table(table, path, row_group_size=65_536, compression="zstd")
+        self._hashes[name] = file_hash(path)
+
+
+def write_part(folder: Path, requests: Requests, *, day: str, split: str, number: int) -> Part:
+    """Write requests, at least one and in time order, as part `number` of a day and split under `folder`."""
+    table = to_arrow(requests).append_column("split", pa.array([split] * len(requests)).dictionary_encode())
+    name = f"requests/day={day}/part-{split}-{number}.parquet"
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Many small row groups let a day be dealt evenly to the virtual shards; large ones read faster.
+    group = int(np.clip(len(requests) // 128, 16, 1024))
+    pq.write_table(table, path, row_group_size=group, compression="zstd")
+    times = requests.scalars("timestamp")
+    return Part(
+        path=name,
+        day=day,
+        split=split,
+        groups=tuple(min(group, len(requests) - start) for start in range(0, len(requests), group)),
+        begin=int(times.min()),
+        end=int(times.max()),
+        hash=file_hash(path),
+    )
+
+
+def file_hash(path: Path) -> str:
+    """The start of a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _digest(*things: object) -> str:
+    return hashlib.sha256(repr(things).encode()).hexdigest()[:16]
 
 
 def vocabulary_ids(values: pd.Series) -> tuple[np.ndarray, list[object]]:

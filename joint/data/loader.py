@@ -11,14 +11,17 @@ from typing import TypeVar
 import numpy as np
 
 from joint.batch import Batch
-from joint.data.assemble import Assembler, logged, not_eligible
+from joint.data.assemble import Assembler, logged
 from joint.data.order import DayOrder, Position
-from joint.data.ragged import Ragged, draw, side_by_side
+from joint.data.ragged import draw
 from joint.data.requests import Requests, concatenate_requests
-from joint.data.sampling import Candidates, random_items, sample_stages, with_random
+from joint.data.sampling import Candidates, sample_stages, with_random
 from joint.errors import ConfigError
+from joint.experiment import Config
+from joint.schema import Schema
 
 T = TypeVar("T")
+NO_POOL = np.zeros(0, np.int64)
 
 
 class Loader:
@@ -40,8 +43,8 @@ class Loader:
         self.data = data
         self.seed = assembler.plan.config.run.seed
         self.shards = range(rank, data.shards, world_size)
-        items = assembler.dataset.schema.items
-        self.pool = corpus_slice(items if assembler.plan.uses_corpus else 0, rank, world_size)
+        self.latest = latest_known(assembler.plan.config, assembler.dataset.schema)
+        self.pool = assembler.eligibility.slice(rank, world_size) if assembler.plan.uses_corpus else NO_POOL
 
     def total_batches(self) -> int:
         """Steps of the whole run; the deal, and with it the number, differs a little from epoch to epoch."""
@@ -87,23 +90,36 @@ class Loader:
 
     def _sample(self, requests: Requests, epoch: int) -> Candidates:
         keys = draw(self.seed, epoch, requests.scalars("request_id"))
-        candidates = logged(requests, self.assembler.dataset)
+        candidates = self._known(logged(requests, self.assembler.dataset), requests)
         quotas = self.data.candidates
         quota = quotas.get("random", 0)
         chosen = sample_stages(candidates, quotas, keys)
         if not quota:
             return chosen
         assert quota != "all"  # a config error
-        taken = not_eligible(requests, self.assembler.plan.config)
-        taken, _ = side_by_side(taken, Ragged(candidates.items.values.astype(np.int64), candidates.items.offsets))
-        return with_random(chosen, random_items(taken, quota, self.assembler.dataset.schema.items, keys))
+        drawn = self.assembler.eligibility.random(requests, quota, keys, but=candidates.items)
+        return with_random(chosen, drawn)
+
+    def _known(self, candidates: Candidates, requests: Requests) -> Candidates:
+        """With the labels that were not mature in time as not observed."""
+        labels = dict(candidates.labels)
+        for name, latest in self.latest.items():
+            late = (requests.scalars("timestamp") > latest)[candidates.items.rows]
+            labels[name] = np.where(late, np.float32(np.nan), labels[name])
+        return Candidates(candidates.items, candidates.stages, labels)
 
 
-def corpus_slice(items: int, rank: int, world_size: int) -> np.ndarray:
-    """This rank's slice of the item indices; all slices are equally long, the last ones padded with -1."""
-    share = -(-items // world_size)
-    mine = np.arange(rank * share, (rank + 1) * share)
-    return np.where(mine < items, mine, -1)
+def latest_known(config: Config, schema: Schema) -> dict[str, float]:
+    """Label -> the latest request (UNIX seconds) whose label was known when the first held-out part began.
+
+    Only labels that take time to mature are named. Without this, minutes watched on the test days would train.
+    """
+    days = schema.matures_after | {
+        task.label: task.matures_after for task in config.tasks.values() if task.matures_after is not None
+    }
+    held_out = {config.evaluation.valid, config.evaluation.test} - set(config.data.train)
+    begin = min(part.begin for part in schema.parts if part.split in held_out)
+    return {label: begin - 86_400 * wait for label, wait in days.items() if wait}
 
 
 def prefetch(iterator: Iterator[T], *, depth: int) -> Iterator[T]:

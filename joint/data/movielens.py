@@ -9,6 +9,7 @@ a cut is one request, made at the cut. Its histories are all that came before it
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from joint.data.dataset import DatasetWriter, ragged_vocabulary_ids, vocabulary_
 from joint.data.movielens_files import Tables, read_tables
 from joint.data.ragged import Ragged, draw
 from joint.data.requests import Column, Requests
+from joint.errors import DataError
 from joint.schema import SPLITS, Feature, History, Schema, Stage
 
 POSITIVE = 4.0
@@ -28,6 +30,25 @@ CHUNK = 131_072  # requests built and written at a time: their histories are mos
 CITATION = """MovieLens: F. Maxwell Harper and Joseph A. Konstan. 2015. The MovieLens Datasets: History and Context.
 ACM Transactions on Interactive Intelligent Systems 5, 4. https://doi.org/10.1145/2827872
 Terms of use (GroupLens): research only, no commercial use without permission, no redistribution."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `joint.prepare movielens`."""
+    parser.add_argument("path", type=Path, help="where the release is")
+    parser.add_argument("out", type=Path, help="folder of the dataset, made by this command")
+    parser.add_argument("--run", type=int, default=10, help="consecutive ratings that make a request (default 10)")
+    parser.add_argument("--seed", type=int, default=0, help="breaks ties of time (default 0)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+
+
+def prepare(arguments: argparse.Namespace) -> Schema:
+    """What `joint.prepare movielens` does; DataError for a source that is none of the layouts."""
+    if arguments.run < 1:
+        raise DataError(f"--run is {arguments.run}; expected 1 or more")
+    print(CITATION, flush=True)
+    return prepare_movielens(
+        arguments.path, arguments.out, run=arguments.run, seed=arguments.seed, overwrite=arguments.overwrite
+    )
 
 
 def prepare_movielens(source: Path, out: Path, *, run: int, seed: int, overwrite: bool) -> Schema:
@@ -60,7 +81,6 @@ def prepare_movielens(source: Path, out: Path, *, run: int, seed: int, overwrite
             labels=("rating",),
             stages=("exposed",),
             input_space={},
-            parts=(),
             provenance={"source": str(source), "run": run, "seed": seed, "ratings": len(events)},
         )
         return writer.finish(schema)

@@ -1,4 +1,4 @@
-"""Which candidates of a request are trained on: quotas per stage, and random negatives.
+"""Which candidates of a request are trained on: quotas per stage, then what was sampled.
 
 Every draw is a hash of (seed, epoch, request, slot): the same for any number of ranks, any batch and any restart.
 """
@@ -15,7 +15,6 @@ from joint.data.ragged import Ragged, draw, offsets_of, side_by_side
 from joint.schema import STAGES, Stage
 
 Quota = int | Literal["all"]
-ATTEMPTS = 8  # draws for a slot before it is given up: with half the catalogue taken, 1 in 256 stays empty
 
 
 @dataclass(frozen=True)
@@ -71,49 +70,9 @@ def _first(member: np.ndarray, rows: np.ndarray, order: np.ndarray, quota: int) 
     return first
 
 
-def random_items(taken: Ragged, quota: int, items: int, keys: np.ndarray) -> Ragged:
-    """Up to `quota` items of a catalogue of `items`, uniform and with replacement, none of those in `taken`.
-
-    A slot that hits a taken item is drawn again, up to ATTEMPTS times, then left empty.
-    """
-    rows = np.repeat(np.arange(len(keys)), quota)
-    slots = np.tile(np.arange(quota), len(keys))
-    drawn = np.full(len(rows), -1)
-    open_ = np.arange(len(rows))
-    taken_pairs = np.unique(taken.rows * items + taken.values)
-    for attempt in range(ATTEMPTS):
-        if not len(open_):
-            break
-        tried = (draw(keys[rows[open_]], slots[open_], attempt) % np.uint64(items)).astype(np.int64)
-        free = ~_contains(taken_pairs, rows[open_] * items + tried)
-        drawn[open_[free]] = tried[free]
-        open_ = open_[~free]
-    return Ragged(drawn, offsets_of(np.full(len(keys), quota))).keep(drawn >= 0)
-
-
-def eligible_mask(taken: Ragged, items: int) -> np.ndarray:
-    """For every request which items of the catalogue are not in `taken`: bool [R, items]."""
-    free = np.ones((len(taken), items), bool)
-    free[taken.rows, taken.values] = False
-    return free
-
-
-def eligible_items(taken: Ragged, items: int) -> Ragged:
-    """For every request all items of the catalogue but those in `taken`."""
-    free = eligible_mask(taken, items)
-    return Ragged(np.nonzero(free)[1], offsets_of(free.sum(axis=1)))
-
-
 def with_random(logged: Candidates, drawn: Ragged) -> Candidates:
     """Logged candidates followed, within each request, by sampled ones."""
     more = unlabelled(drawn, tuple(logged.labels))
     items, index = side_by_side(logged.items, more.items)
     labels = {name: np.concatenate([logged.labels[name], more.labels[name]])[index] for name in logged.labels}
     return Candidates(items, np.concatenate([logged.stages, more.stages])[index], labels)
-
-
-def _contains(sorted_values: np.ndarray, values: np.ndarray) -> np.ndarray:
-    if not len(sorted_values):
-        return np.zeros(len(values), bool)
-    place = np.searchsorted(sorted_values, values).clip(max=len(sorted_values) - 1)
-    return sorted_values[place] == values

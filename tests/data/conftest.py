@@ -126,7 +126,6 @@ def write_funnel(out: Path) -> Schema:
                 labels=("click", "minutes", "share"),
                 stages=("coarse_neg", "ranked", "rank_neg", "rank_pos", "exposed"),
                 input_space={"pre_ranking": ("coarse_neg", "ranked")},
-                parts=(),
             )
         )
 

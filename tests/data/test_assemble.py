@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from joint.batch import Batch
-from joint.config import HEADS
-from joint.data.assemble import Assembler, logged, not_eligible
+from joint.experiment import HEADS
+from joint.data.assemble import Assembler, logged
 from joint.data.order import Position
 from joint.data.ragged import Ragged
 from joint.data.requests import Requests
-from joint.data.sampling import Candidates, eligible_items, unlabelled
+from joint.data.sampling import Candidates, unlabelled
 from joint.schema import Stage, table_rows
 
 MakeAssembler = Callable[..., Assembler]
@@ -191,7 +191,7 @@ def test_excluded_pairs_come_from_all_named_histories(assembler: MakeAssembler, 
     both = [a + b for a, b in zip(watched, saved, strict=True)]
     pairs = [[row, item] for row, items in enumerate(both) for item in items]
     assert build(assembler(), requests).excluded.tolist() == pairs
-    assert rows_of(not_eligible(requests, assembler().plan.config)) == both
+    assert rows_of(assembler().eligibility.taken(requests)) == both
     none = build(assembler("data.not_eligible=[]"), requests).excluded
     assert none.shape == (0, 2)
     assert none.dtype == torch.int64
@@ -199,7 +199,7 @@ def test_excluded_pairs_come_from_all_named_histories(assembler: MakeAssembler, 
 
 def test_the_whole_catalogue_as_candidates(assembler: MakeAssembler, requests: Requests) -> None:
     made = assembler()
-    items = eligible_items(not_eligible(requests, made.plan.config), made.dataset.schema.items)
+    items = made.eligibility.eligible(requests)
     batch = made(requests, unlabelled(items, made.dataset.schema.labels), POOL, position=POSITION, scoring=HEADS)
     assert len(batch.item) == made.dataset.schema.items * len(requests) - len(
         {tuple(p) for p in batch.excluded.tolist()}

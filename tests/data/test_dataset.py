@@ -89,7 +89,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no version": (lambda d: edit_json(d, lambda j: j.pop("version")), r"not a dataset description.*version"),
     "other version": (
         lambda d: edit_json(d, lambda j: j.update(version=99)),
-        r"dataset\.json: format version 99; this program reads 1: prepare it again",
+        r"dataset\.json: format version 99; this program reads 2: prepare it again",
     ),
     "key missing": (lambda d: edit_json(d, lambda j: j.pop("parts")), r"not a dataset description.*parts"),
     "key unknown": (lambda d: edit_json(d, lambda j: j.update(extra=1)), r"not a dataset description.*extra"),
@@ -103,7 +103,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "item column missing": (
         lambda d: rewrite(d / "items.parquet", lambda t: t.drop_columns("words")),
-        r"items\.parquet: no column words; found: item_id, price",
+        r"items\.parquet: no column words; found: first_day, item_id, price",
     ),
     "part missing": (lambda d: (d / TRAIN).unlink(), r"part-train-0\.parquet: not found"),
     "part truncated": (lambda d: truncate(d / TRAIN), r"part-train-0\.parquet: not a whole Parquet file"),
@@ -141,13 +141,11 @@ def test_a_part_torn_after_it_was_opened(copy: Path) -> None:
 
 def some_requests(count: int = 3) -> Requests:
     lists = Ragged(np.arange(count), np.arange(count + 1))
-    return Requests({"request_id": np.arange(count), "candidates": lists})
+    return Requests({"request_id": np.arange(count), "timestamp": np.arange(count) + 60, "candidates": lists})
 
 
 def empty_schema() -> Schema:
-    return Schema(
-        name="x", items=1, features=(), histories=(), labels=(), stages=(), input_space={}, parts=(), provenance={}
-    )
+    return Schema(name="x", items=1, features=(), histories=(), labels=(), stages=(), input_space={})
 
 
 def test_files_of_one_day_and_split_are_numbered(tmp_path: Path) -> None:
@@ -155,9 +153,9 @@ def test_files_of_one_day_and_split_are_numbered(tmp_path: Path) -> None:
         for count, day, split in ((40, "2024-01-01", "train"), (3, "2024-01-01", "train"), (0, "2024-01-01", "test")):
             writer.add(some_requests(count), day=day, split=split)
         schema = writer.finish(empty_schema())
-    assert [(part.path, part.groups) for part in schema.parts] == [
-        ("requests/day=2024-01-01/part-train-0.parquet", (16, 16, 8)),
-        ("requests/day=2024-01-01/part-train-1.parquet", (3,)),
+    assert [(part.path, part.groups, part.begin, part.end) for part in schema.parts] == [
+        ("requests/day=2024-01-01/part-train-0.parquet", (16, 16, 8), 60, 99),
+        ("requests/day=2024-01-01/part-train-1.parquet", (3,), 60, 62),
     ]
     assert all((tmp_path / "out" / part.path).is_file() for part in schema.parts)
 

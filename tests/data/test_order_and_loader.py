@@ -18,7 +18,7 @@ from joint.batch import Batch
 from joint.config import load_config
 from joint.data.assemble import Assembler
 from joint.data.dataset import Dataset
-from joint.data.loader import Loader, corpus_slice, prefetch
+from joint.data.loader import Loader, prefetch
 from joint.data.order import WINDOW_GROUPS, DayOrder, Position
 from joint.errors import ConfigError, DataError
 from joint.features import Plan
@@ -257,16 +257,6 @@ def test_world_size_must_divide_the_shards(assembler: MakeAssembler) -> None:
 def test_training_on_a_split_without_requests(assembler: MakeAssembler) -> None:
     with pytest.raises(ConfigError, match="no request in test"):
         Loader(assembler("data.train=[test]"), rank=0, world_size=1)
-
-
-@pytest.mark.parametrize(("items", "world"), [(10, 1), (10, 4), (3, 8), (0, 2), (8, 4)])
-def test_corpus_slices_are_equally_long_and_padded(items: int, world: int) -> None:
-    slices = [corpus_slice(items, rank, world) for rank in range(world)]
-    assert len({len(part) for part in slices}) == 1
-    whole = np.concatenate(slices)
-    assert whole[:items].tolist() == list(range(items))
-    assert (whole[items:] == -1).all()
-    assert len(whole) - items < world
 
 
 def test_prefetch_hands_over_values_in_order_and_then_the_error() -> None:

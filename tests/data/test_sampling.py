@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from joint.data.ragged import Ragged, draw, offsets_of
-from joint.data.sampling import Candidates, Quota, eligible_items, random_items, sample_stages, unlabelled, with_random
+from joint.data.sampling import Candidates, Quota, sample_stages, unlabelled, with_random
 from joint.schema import Stage
 
 KINDS = np.array(
@@ -96,53 +96,6 @@ def test_every_candidate_of_a_stage_is_as_likely() -> None:
     counts = np.bincount(sampled.items.values, minlength=n)
     spread = ((counts - requests * quota / n) ** 2).sum() / (requests * quota / n) * (n - 1) / (n - quota)
     assert stats.chi2.sf(spread, n - 1) > 1e-3
-
-
-def test_random_items_are_uniform_over_what_is_free() -> None:
-    requests, items, quota = 2000, 30, 10
-    taken = Ragged(np.tile(np.arange(20, 30), requests), offsets_of(np.full(requests, 10)))
-    drawn = random_items(taken, quota, items, keys(0, 0, requests))
-    assert drawn.lengths.min() >= quota - 1
-    assert drawn.values.max() < 20
-    counts = np.bincount(drawn.values, minlength=20)
-    assert stats.chisquare(counts).pvalue > 1e-3
-    full = drawn.take(np.flatnonzero(drawn.lengths == quota)).values.reshape(-1, quota)
-    pairs = np.bincount(full[:, 0] * 20 + full[:, 1], minlength=400)  # slots do not follow each other
-    assert stats.chisquare(pairs).pvalue > 1e-3
-
-
-def test_random_items_never_hit_taken_ones_and_may_be_fewer() -> None:
-    rng = np.random.default_rng(0)
-    rows = [rng.permutation(12)[:n] for n in (0, 6, 11, 12, 12, 3)]
-    taken = Ragged(np.concatenate(rows), offsets_of(np.array([len(row) for row in rows])))
-    drawn = random_items(taken, 40, 12, keys(0, 0, 6))
-    for row, held in enumerate(rows):
-        found = drawn.values[drawn.offsets[row] : drawn.offsets[row + 1]]
-        assert not set(found.tolist()) & set(held.tolist())
-    assert drawn.lengths[0] == 40
-    assert 0 < drawn.lengths[2] < 40  # one item is free: a slot finds it with chance 1 - (11/12)^8
-    assert drawn.lengths[[3, 4]].tolist() == [0, 0]
-
-
-def test_random_items_do_not_depend_on_the_batch() -> None:
-    taken = Ragged(np.array([1, 2, 3, 4, 5]), np.array([0, 2, 2, 5]))
-    whole = random_items(taken, 20, 9, keys(0, 0, 3))
-    alone = random_items(taken.take(np.array([2])), 20, 9, keys(0, 0, 3)[2:])
-    np.testing.assert_array_equal(whole.take(np.array([2])).values, alone.values)
-    more = random_items(taken, 25, 9, keys(0, 0, 3))
-    np.testing.assert_array_equal(more.newest(25).values[:20], whole.values[:20])  # a slot does not know the quota
-    assert len(random_items(taken, 0, 9, keys(0, 0, 3)).values) == 0
-    assert len(random_items(Ragged(np.zeros(0, int), np.zeros(1, int)), 5, 9, keys(0, 0, 0))) == 0
-
-
-def test_eligible_items() -> None:
-    taken = Ragged(np.array([1, 3, 3, 0, 1, 2, 3]), np.array([0, 3, 3, 7]))
-    free = eligible_items(taken, 4)
-    assert [free.values[a:b].tolist() for a, b in zip(free.offsets, free.offsets[1:], strict=False)] == [
-        [0, 2],
-        [0, 1, 2, 3],
-        [],
-    ]
 
 
 def test_with_random_appends_unlabelled_candidates() -> None:

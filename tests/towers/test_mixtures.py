@@ -16,6 +16,7 @@ from towers.mixtures import (
     SharedBottom,
     Snr,
     Trunk,
+    WideAndDeep,
     build_trunk,
     expected_l0,
     routing,
@@ -25,6 +26,8 @@ from towers.mixtures import (
 KINDS: list[Trunk] = [
     SharedBottom(hidden=(6, 5)),
     SharedBottom(hidden=(5,)),
+    WideAndDeep(hidden=(6, 4)),
+    WideAndDeep(hidden=(4,)),
     Mmoe(experts=3, hidden=(6, 5)),
     Mmoe(experts=2, hidden=(5,)),
     Ple(task_experts=2, shared_experts=1, hidden=(6, 5), layers=1),
@@ -89,7 +92,7 @@ def test_bfloat16_autocast(config: Trunk) -> None:
     torch.testing.assert_close(low.float(), trunk(pre), rtol=0.05, atol=0.02)
 
 
-@pytest.mark.parametrize("kind", [SharedBottom, Mmoe, Ple, Snr])
+@pytest.mark.parametrize("kind", [SharedBottom, WideAndDeep, Mmoe, Ple, Snr])
 def test_dropout_acts_in_training_only(kind: type) -> None:
     trunk = make(kind(hidden=(16, 16), dropout=0.5), tasks=2)
     set_step(trunk, 0)
@@ -105,6 +108,17 @@ def test_shared_bottom_is_one_mlp_for_all_tasks() -> None:
     linear = trunk.bottom[2][0]
     expected = torch.relu(linear(torch.relu(pre)))
     torch.testing.assert_close(trunk(pre), expected[:, None].expand(4, 3, 5))
+
+
+def test_wide_and_deep_puts_each_tasks_linear_term_beside_the_shared_layers() -> None:
+    trunk = make(WideAndDeep(hidden=(6, 4)), tasks=3)
+    pre = torch.randn(7, trunk.width, dtype=torch.float64)
+    linear = trunk.deep.bottom[2][0]
+    weight, bias = (p.detach().numpy() for p in linear.parameters())
+    deep = relu(relu(pre[:, :6].numpy()) @ weight.T + bias)
+    for task in range(3):
+        expected = np.column_stack([deep, pre[:, 6 + task].numpy()])  # not through a ReLU
+        np.testing.assert_allclose(trunk(pre)[:, task].detach().numpy(), expected, rtol=1e-12)
 
 
 def test_mmoe_is_the_gated_sum_of_its_experts() -> None:
@@ -347,6 +361,8 @@ def test_levels_draw_different_noise() -> None:
     [
         (SharedBottom, {"hidden": ()}),
         (SharedBottom, {"dropout": 1.0}),
+        (WideAndDeep, {"hidden": (8, 0)}),
+        (WideAndDeep, {"dropout": -0.5}),
         (Mmoe, {"experts": 0}),
         (Mmoe, {"hidden": (8, -1)}),
         (Ple, {"task_experts": -1}),
@@ -357,7 +373,7 @@ def test_levels_draw_different_noise() -> None:
     ],
 )
 def test_configs_refuse(kind: type, wrong: dict) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))}"):
         kind(**wrong)
 
 
@@ -366,7 +382,7 @@ def test_a_trunk_needs_a_task() -> None:
         build_trunk(Mmoe(), tasks=0)
 
 
-def test_gates_of_different_modules_draw_different_noise():
+def test_gates_of_different_modules_draw_different_noise() -> None:
     trunks = torch.nn.ModuleDict({name: build_trunk(Snr(hidden=(4,)), tasks=2, seed=0) for name in ("a", "b")})
     set_step(trunks, 3)
     a, b = (gate._noise() for gate in trunks.modules() if isinstance(gate, HardConcrete))

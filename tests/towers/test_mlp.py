@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from towers.mlp import FactoredLinear, GroupedLinear, GroupedMlp, Mlp, TaskTower, check_layers
+from towers.mlp import FactoredLinear, GroupedLinear, GroupedMlp, Mlp, TaskTower
 
 
 def test_mlp_ends_with_relu() -> None:
@@ -143,7 +143,12 @@ def test_task_tower_without_hidden_is_linear() -> None:
     torch.testing.assert_close(tower(a + b) - zero, tower(a) + tower(b) - 2 * zero)
 
 
-@pytest.mark.parametrize(("hidden", "dropout"), [((), 0.0), ((4, 0), 0.0), ((4,), 1.0), ((4,), -0.1)])
-def test_check_layers_refuses(hidden: tuple[int, ...], dropout: float) -> None:
-    with pytest.raises(ValueError, match=r"hidden|dropout"):
-        check_layers(hidden, dropout)
+def test_weights_of_a_task_tower_multiply_its_hidden_layers() -> None:
+    torch.manual_seed(0)
+    tower: Any = TaskTower(2, 3, [4, 5], out_dim=1)
+    x, ones = torch.randn(6, 2, 3), (torch.ones(6, 2, 4), torch.ones(6, 2, 5))
+    torch.testing.assert_close(tower(x, ones), tower(x), rtol=0, atol=0)
+    weights = torch.rand(6, 2, 4), torch.rand(6, 2, 5)
+    first, _, _, second, _, _ = tower[0]
+    expected = tower[1](second(first(x).relu() * weights[0]).relu() * weights[1])
+    torch.testing.assert_close(tower(x, weights), expected)

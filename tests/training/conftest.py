@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from joint import checkpoint
 from joint.batch import Batch
-from joint.config import HEADS, Config, load_config
+from joint.config import load_config
+from joint.experiment import HEADS, Config
 from joint.data.assemble import Assembler
 from joint.data.dataset import Dataset
 from joint.data.loader import Loader

@@ -245,7 +245,7 @@ def test_the_rates_reach_the_fused_kernels_and_warm_up(configure, group, assembl
         moved.append((table.detach() - before).norm().item())
         with torch.no_grad():
             table.copy_(before)  # the same place, so the same gradient
-    assert rates == {"tables": 0.4, "dense": 0.01}
+    assert rates == {"optimizer/lr_tables": 0.4, "optimizer/lr_dense": 0.01}
     assert moved[0] > 0
     assert moved[1] / moved[0] == pytest.approx(4, rel=0.1)
     assert moved[2] / moved[1] == pytest.approx(1, rel=0.1)

@@ -68,7 +68,7 @@ def test_torchrun_trains_on_two_ranks_and_one_of_them_speaks(tiny_file, tmp_path
     assert out.count("step      8/8") == 1
     run = tmp_path / "runs" / "tiny"
     assert json.loads((run / "environment.json").read_text())["ranks"] == 2
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 8 + 1 + 1  # steps, the epoch, the test part
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 1 + 8 + 1 + 1  # costs, steps, the epoch, the test part
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(tiny_file, tmp_path):
@@ -83,7 +83,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tiny_file, tmp_path):
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("heads.ranking.features=[user_id, price, item_id]", "no feature or encoder 'price'"),
+        ("heads.ranking.features=[user_id, price, item_id]", "no feature, encoder or cross feature 'price'"),
         ("tasks.like.label=clicks", "tasks.like.label: no label 'clicks'; known: rating"),
         ("data.path=/nowhere", "/nowhere/dataset.json: not found; expected a prepared dataset"),
         ("objectives.negatives.temperature=0", "temperature is 0.0, expected a number above 0"),
@@ -199,4 +199,4 @@ def test_sigterm_to_torchrun_saves_and_one_process_goes_on(tiny_file, tmp_path):
     assert code == 0, err
     assert f"resuming after step {step}" in out
     steps = [json.loads(line)["step"] for line in (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()]
-    assert steps == [*range(1, 201), 200]
+    assert steps == [*range(201), 200]  # 0 says what the heads cost

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from joint.cascade import funnel, top_k
-from joint.config import Config
-from joint.data.assemble import not_eligible
+from joint.experiment import Config
+from joint.data.eligibility import Eligibility
 from joint.data.order import Position
 from joint.data.ragged import Ragged, side_by_side
 from joint.data.sampling import unlabelled
-from joint.evaluation import evaluate
+from joint.evaluation import evaluator_of
 from joint.task import build_task
 
 HEADS = ("retrieval", "pre_ranking", "ranking")
@@ -62,7 +62,7 @@ def measure(configure, group, assemble, tiny_data):
         config = configure(*wide, *overrides)
         assembler = assemble.assembler(config)
         model = build_task(assembler.plan, group)
-        found = evaluate(model, assembler, group, "test")
+        found = evaluator_of(model, assembler, group).full("test")
         requests, table = assembler.dataset.read_split("test"), read(tiny_data, "test")
         slow = []
         for number, row in table.iterrows():
@@ -131,12 +131,14 @@ def test_the_funnel_by_brute_force(measured):
 def test_items_that_are_not_eligible_are_never_served_but_still_count_as_missed(measure, monkeypatch):
     """Here each request's first candidate is not, relevant or not; and retrieval may keep more than there are."""
 
-    def first_too(requests, config):
+    in_histories = Eligibility.taken
+
+    def first_too(self, requests):
         first = Ragged(requests.lists("candidates").values, requests.lists("candidates").offsets)
         first = first.slices(first.offsets[:-1], np.minimum(first.lengths, 1))
-        return side_by_side(not_eligible(requests, config), first.with_values(first.values.astype(np.int64)))[0]
+        return side_by_side(in_histories(self, requests), first.with_values(first.values.astype(np.int64)))[0]
 
-    monkeypatch.setattr("joint.evaluation.not_eligible", first_too)
+    monkeypatch.setattr(Eligibility, "taken", first_too)
     config, _, found, slow = measure("evaluation.quotas.retrieval=55", "evaluation.baselines=false")
     for request in slow:
         request.eligible[request.candidates[0]] = False
@@ -179,8 +181,8 @@ def test_the_size_of_the_pieces_does_not_matter_and_a_quick_look_is_part_of_the_
 ):
     _, model, found, _ = measured
     other = assemble.assembler(configure("data.requests_per_batch=6", "evaluation.candidates_per_batch=70"))
-    assert evaluate(model, other, group, "test") == pytest.approx(found, rel=1e-6)
-    quick = evaluate(model, other, group, "test", full=False)
+    assert evaluator_of(model, other, group).full("test") == pytest.approx(found, rel=1e-6)
+    quick = evaluator_of(model, other, group)("test", whole_catalogue=False)
     assert quick == {name: pytest.approx(found[name], rel=1e-6) for name in quick}
     assert {name for name in found if name not in quick} == {
         name for name in found if name.startswith(("baselines/", "ranking/recall", "pre_ranking/recall"))
@@ -228,7 +230,7 @@ def test_a_metric_without_units_is_nan(configure, group, assemble):
     """Nobody likes anything here: recalls have nothing to be measured on, and an AUC only one class."""
     config = configure("tasks.like.at_least=9", "evaluation.baselines=false")
     assembler = assemble.assembler(config)
-    found = evaluate(build_task(assembler.plan, group), assembler, group, "test")
+    found = evaluator_of(build_task(assembler.plan, group), assembler, group).full("test")
     for name in ("retrieval/recall@3", "ranking/recall@3", "funnel/ranking/recall@3", "ranking/auc/like"):
         assert math.isnan(found[name]), name
     assert 0 < found["ranking/auc/fine"] < 1

@@ -96,7 +96,7 @@ def test_retrieval_logits_and_corpus(run):
     task, batch, output = run(*PLAIN, *overrides)
     r, head = Rows(task, batch), output.outputs["retrieval"]
     request = torch.cat([r.rows("user_id", "user_id"), r.mean_of_liked()], 1)
-    user = r.per_task("retrieval.user_last.1", twice(r.linear("retrieval.user_first", request)))
+    user = r.per_task("retrieval.user.last.1", twice(r.linear("retrieval.user.first", request)))
     user = user / user.norm(dim=2, keepdim=True) / 0.1
 
     def vectors(x: Tensor) -> Tensor:

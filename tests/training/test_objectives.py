@@ -11,7 +11,16 @@ from torch import Tensor
 
 import losses
 from joint.errors import UserError
-from joint.objectives import AdaptiveContrastive, Binary, Distillation, MultiClass, compute, head_spaces, space_mask
+from joint.objectives import (
+    AdaptiveContrastive,
+    Binary,
+    Distillation,
+    ExpectedL0,
+    MultiClass,
+    compute,
+    head_spaces,
+    space_mask,
+)
 from joint.outputs import HeadOutput
 from joint.schema import STAGES, Stage
 from joint.task import build_task
@@ -40,9 +49,12 @@ def batch_of() -> SimpleNamespace:
         positive=positive,
         observed=torch.tensor(OBSERVED, dtype=torch.bool),
         labels=positive.float(),
+        weight=torch.ones(7, 2),
+        weighted=torch.zeros(2, dtype=torch.bool),
         offsets=torch.tensor([0, 4, 7]),
         row=torch.tensor([0, 0, 0, 0, 1, 1, 1]),
-        item=torch.tensor([2, 0, 3, 1, 4, 3, 2]),
+        item=torch.tensor([2, 0, 3, 1, 4, 3, 2]) + 10,
+        column=torch.tensor([2, 0, 3, 1, 4, 3, 2]),
         excluded=torch.tensor([[0, 4], [1, 0], [1, 1]]),
     )
 
@@ -143,7 +155,7 @@ def test_multi_class_is_a_softmax_over_the_eligible_items_of_each_impression():
     for index, shown in enumerate([[0, 1, 6], [0, 1, 2, 6]]):
         total = torch.zeros(())
         for n in shown:
-            request, item = int(batch.row[n]), int(batch.item[n])
+            request, item = int(batch.row[n]), int(batch.column[n])
             columns = [c for c in range(5) if (request, c) not in excluded or c == item]  # 5 is padding
             scores = user[request, index] @ corpus[columns].T
             loss = scores.logsumexp(0) - scores[columns.index(item)]
@@ -152,6 +164,38 @@ def test_multi_class_is_a_softmax_over_the_eligible_items_of_each_impression():
         assert term.count[index] == len(shown)
     one = compute(MultiClass(head="retrieval", space=("corpus",), tasks=("like",)), heads, batch, TASKS)
     assert one.count.tolist() == [4]
+
+
+def test_an_impression_outside_the_pool_is_no_unit_of_a_softmax():
+    batch, heads = batch_of(), outputs_of()
+    objective = MultiClass(head="retrieval", space=("corpus",))
+    whole = compute(objective, heads, batch, TASKS)
+    batch.column[6] = -1
+    without = compute(objective, heads, batch, TASKS)
+    assert (whole.count - without.count).tolist() == [1, 1]
+
+
+def test_a_weighted_task_weighs_its_positives_by_their_value():
+    batch, heads = batch_of(), outputs_of()
+    batch.weighted[1] = True
+    batch.weight[0, 1] = 7.5
+    term = compute(Binary(head="ranking", space=("exposed",), positive_weight=2.0), heads, batch, TASKS)
+    s = heads["ranking"].logits[:, 1]
+    expected = -15 * s[0].sigmoid().log() - sum((-s[n]).sigmoid().log() for n in (1, 2, 6))
+    torch.testing.assert_close(term.total[1], expected)
+    like = compute(MultiClass(head="retrieval", space=("corpus",), tasks=("like",)), heads, batch, TASKS)
+    user, corpus = heads["retrieval"].user[0, 1], heads["retrieval"].corpus[[0, 1, 2, 3]]  # 4 is not eligible
+    torch.testing.assert_close(like.total[0], -7.5 * (corpus @ user).log_softmax(0)[2])  # what was merely shown: 0
+    assert like.count.tolist() == [4]
+
+
+def test_the_penalty_of_open_gates():
+    heads = outputs_of()
+    heads["ranking"].expected_l0 = torch.tensor(3.25, requires_grad=True)
+    term = compute(ExpectedL0(head="ranking"), heads, batch_of(), TASKS)
+    assert (term.total.tolist(), term.count.tolist()) == ([3.25], [1.0])
+    term.total.sum().backward()
+    assert heads["ranking"].expected_l0.grad == 1
 
 
 def test_adaptive_contrastive_sets_winners_against_the_space():

@@ -17,7 +17,7 @@ import joint.training
 from joint.batch import Batch
 from joint.data.loader import Loader
 from joint.data.order import Position
-from joint.evaluation import evaluate
+from joint.evaluation import evaluator_of
 from joint.optimizers import build_optimizer, set_learning_rates
 from joint.pipeline import PlainPipeline, build_pipeline
 from joint.task import build_task
@@ -49,7 +49,7 @@ def steps(configure, group, assemble):
             positions.append(output.batch.position)
             if step == evaluated:
                 pipeline.detach()
-                losses.append(evaluate(model, assembler, group, "valid"))
+                losses.append(evaluator_of(model, assembler, group).full("valid"))
                 pipeline.attach()
                 model.train()
         if build is sparse_dist:

@@ -38,9 +38,9 @@ def test_an_interval_is_the_mean_of_its_steps_and_counts_only_their_time(directo
     step(reporter, 1.0)
     step(reporter, 2.0, waited=1.5, unknown=3)
     assert reporter.counts() == (8, 40, 3)
-    reporter.interval(2, (16, 80, 0), {"dense": 0.1})  # of two ranks
+    reporter.interval(2, (16, 80, 0), {"optimizer/lr_dense": 0.1})  # of two ranks
     step(reporter, 5.0)
-    reporter.interval(3, (4, 20, 3), {"dense": 0.1})
+    reporter.interval(3, (4, 20, 3), {"optimizer/lr_dense": 0.1})
     reporter.close()
     first, second = lines_of(directory)
     assert first["loss/student"] == 1.5

@@ -19,7 +19,7 @@ from joint.config import load_config
 from joint.data.assemble import Assembler
 from joint.data.dataset import Dataset
 from joint.distributed import gather_objects, gather_rows, rank
-from joint.evaluation import evaluate
+from joint.evaluation import evaluator_of
 from joint.features import Plan
 from joint.optimizers import build_optimizer
 from joint.task import build_task
@@ -46,7 +46,7 @@ def saved_again(folder: Path, source: str, target: str) -> None:
     optimizer = build_optimizer(model, config.optimizer)
     progress = checkpoint.load_latest(folder / "runs" / source / "checkpoints", model, optimizer)
     checkpoint.save(folder / target, model, optimizer, progress, keep=1)
-    found = evaluate(model, Assembler(Plan(config, dataset.schema), dataset), CPU, "test")
+    found = evaluator_of(model, Assembler(Plan(config, dataset.schema), dataset), CPU).full("test")
     assert gather_objects(found) == [found, found]
     if rank() == 0:
         (folder / f"{target}.json").write_text(json.dumps(found))

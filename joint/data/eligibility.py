@@ -1,0 +1,115 @@
+"""What may be recommended to a request: one rule for sampling, softmax masks, metrics, the funnel and the baselines.
+
+An item is eligible if it has joined the pool by the day of the request and is in none of the histories that the
+config names, such as what was already watched.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from joint.data.dataset import Dataset
+from joint.data.ragged import Ragged, concatenate, draw, offsets_of, side_by_side
+from joint.data.requests import Requests
+from joint.experiment import Data
+from joint.schema import NEVER
+
+ATTEMPTS = 8  # draws for a slot before it is given up: with half the pool taken, 1 in 256 stays empty
+
+
+class Eligibility:
+    """The rule for one dataset and config."""
+
+    def __init__(self, dataset: Dataset, data: Data) -> None:
+        self.first_day = dataset.first_day[data.pool]
+        self.items = len(self.first_day)
+        self.histories = data.not_eligible
+
+    @cached_property
+    def corpus(self) -> np.ndarray:
+        """The items that are ever in the pool, ascending: the columns of a corpus softmax. int64 [C]."""
+        return np.flatnonzero(self.first_day < NEVER)
+
+    @cached_property
+    def _column(self) -> np.ndarray:
+        column = np.full(self.items, -1)
+        column[self.corpus] = np.arange(len(self.corpus))
+        return column
+
+    @cached_property
+    def _by_day(self) -> tuple[np.ndarray, np.ndarray]:
+        order = np.argsort(self.first_day, kind="stable")
+        return order, self.first_day[order]
+
+    def columns(self, items: np.ndarray) -> np.ndarray:
+        """Each item's place in `corpus`, -1 where it has none."""
+        return self._column[items]
+
+    def slice(self, rank: int, world_size: int) -> np.ndarray:
+        """A rank's share of `corpus`; all shares are equally long, the last ones padded with -1."""
+        share = -(-len(self.corpus) // world_size)
+        mine = self.corpus[rank * share : (rank + 1) * share]
+        return np.pad(mine, (0, share - len(mine)), constant_values=-1)
+
+    def is_open(self, items: np.ndarray, day: int) -> np.ndarray:
+        """Which items, -1 for none, have joined the pool by a day: bool, shaped as `items`."""
+        return (items >= 0) & (self.first_day[items] <= day)
+
+    def taken(self, requests: Requests) -> Ragged:
+        """The items in the named histories of each request, int64."""
+        count, names = len(requests), self.histories
+        if not names:
+            return Ragged(np.zeros(0, np.int64), np.zeros(count + 1, np.int64))
+        joined = concatenate([requests.lists(name) for name in names])
+        order = np.arange(len(names) * count).reshape(len(names), count).T.ravel()
+        taken = joined.take(order)
+        return Ragged(taken.values.astype(np.int64), taken.offsets[:: len(names)])
+
+    def mask(self, requests: Requests) -> np.ndarray:
+        """Which items of `corpus` are eligible for each request: bool [R, C]."""
+        free = self.first_day[self.corpus] <= requests.scalars("day")[:, None]
+        taken = self.taken(requests)
+        column = self.columns(taken.values)
+        free[taken.rows[column >= 0], column[column >= 0]] = False
+        return free
+
+    def eligible(self, requests: Requests) -> Ragged:
+        """The eligible items of each request, ascending."""
+        free = self.mask(requests)
+        return Ragged(self.corpus[np.nonzero(free)[1]], offsets_of(free.sum(axis=1)))
+
+    def random(self, requests: Requests, quota: int, keys: np.ndarray, *, but: Ragged) -> Ragged:
+        """Up to `quota` eligible items of each request, uniform and with replacement, none of those in `but`.
+
+        A slot that hits a taken item is drawn again, up to ATTEMPTS times, then left empty.
+
+        Args:
+            keys: uint64 [R], a hash of (seed, epoch, request): the draw depends on it and the slot alone.
+        """
+        taken, _ = side_by_side(self.taken(requests), Ragged(but.values.astype(np.int64), but.offsets))
+        taken_pairs = np.unique(taken.rows * self.items + taken.values)
+        order, first_day = self._by_day
+        available = np.searchsorted(first_day, requests.scalars("day"), side="right")
+        rows = np.repeat(np.arange(len(keys)), quota)
+        slots = np.tile(np.arange(quota), len(keys))
+        drawn = np.full(len(rows), -1)
+        open_ = np.flatnonzero(available[rows])
+        for attempt in range(ATTEMPTS):
+            if not len(open_):
+                break
+            row = rows[open_]
+            place = draw(keys[row], slots[open_], attempt) % available[row].astype(np.uint64)
+            tried = order[place.astype(np.int64)]
+            free = ~_contains(taken_pairs, row * self.items + tried)
+            drawn[open_[free]] = tried[free]
+            open_ = open_[~free]
+        return Ragged(drawn, offsets_of(np.full(len(keys), quota))).keep(drawn >= 0)
+
+
+def _contains(sorted_values: np.ndarray, values: np.ndarray) -> np.ndarray:
+    if not len(sorted_values):
+        return np.zeros(len(values), bool)
+    place = np.searchsorted(sorted_values, values).clip(max=len(sorted_values) - 1)
+    return sorted_values[place] == values

@@ -1,0 +1,57 @@
+"""Histories as heads read them: item features side by side, events joined in, competitors in their place, encoded."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from joint.batch import Batch
+from joint.features import Key, Plan, Reading
+from towers.sequence import CompetingEncoder, build_encoder, to_padded
+
+Rows = dict[str, Tensor]  # key name -> its rows: [R, D], [N, D], [P, D] or [events, D]
+
+
+class HistoryEncoder(nn.Module):
+    """One reading of a history."""
+
+    def __init__(self, reading: Reading, plan: Plan) -> None:
+        super().__init__()
+        config, owner = reading.encoder, reading.owner
+        self.config = config
+        features = [plan.schema.feature(feature) for feature in config.features]
+        events = [plan.schema.feature(event) for event in config.events]
+        self.item_keys = [Key("history", feature, config.history, owner).name for feature in features]
+        self.event_keys = [Key("history", event, config.history, owner).name for event in events]
+        self.target_keys = [Key("candidate", feature, owner=owner).name for feature in features]
+        self.competitor_keys = [Key("competitors", feature, config.history, owner).name for feature in features]
+        dim = plan.encoder_dim(config)
+        multiplied = config.combine == "multiply"
+        self.event = nn.Linear(sum(map(plan.dim, events)), dim, bias=multiplied) if events else None
+        if self.event is not None and multiplied:
+            nn.init.ones_(self.event.bias)  # at first the event changes its item little
+        self.competing = CompetingEncoder(config.competing, dim=dim) if config.competing else None
+        self.encoder = build_encoder(config.by, dim=dim)
+        self.per_candidate = reading.per_candidate
+
+    def history(self, rows: Rows, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`[R, L, D]` and lengths `[R]`."""
+        past = torch.cat([rows[key] for key in self.item_keys], dim=1)
+        if self.event is not None:
+            event = self.event(torch.cat([rows[key] for key in self.event_keys], dim=1))
+            past = past * event if self.config.combine == "multiply" else past + event
+        if self.competing is not None:
+            valid = batch.competitors[self.config.history]
+            others = torch.cat([rows[key] for key in self.competitor_keys], dim=1)
+            past = self.competing(past, others.unflatten(0, valid.shape), valid)
+        lengths = batch.lengths[self.config.history]
+        return to_padded(past, lengths, self.config.length), lengths
+
+    def forward(self, rows: Rows, batch: Batch, chosen: Tensor | None = None) -> Tensor:
+        """One vector a request `[R, D]`, or one for each of the `chosen` candidates."""
+        history, lengths = self.history(rows, batch)
+        if not self.per_candidate:
+            return self.encoder(history, lengths)
+        assert chosen is not None
+        target = torch.cat([rows[key] for key in self.target_keys], dim=1)
+        return self.encoder(history, lengths, target[chosen], batch.row[chosen])

@@ -1,0 +1,243 @@
+"""One experiment as frozen dataclasses: what a config file may say, section by section."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from joint.data.sampling import Quota
+from joint.objectives import Head, Objective
+from towers.pre_ranking import PreRanking
+from towers.ranking import Ranking
+from towers.retrieval import Retrieval
+from towers.sequence import Competing, Pooling, SelfAttention, TargetAttention
+
+
+def _at_least(minimum: float, **values: float) -> None:
+    """Raise one ValueError with a line for every value below `minimum` (NaN included)."""
+    wrong = {name: value for name, value in values.items() if not value >= minimum}
+    if wrong:
+        raise ValueError(
+            "\n".join(f"{name} must be at least {minimum}, found {found}" for name, found in wrong.items())
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Where a run is kept (`DIR/NAME`), and the one seed of everything random in it."""
+
+    name: str
+    dir: str = "runs"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.name or Path(self.name).name != self.name:
+            raise ValueError(f"name must be one plain folder name, found {self.name!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What is read, and what a batch is made of."""
+
+    path: str
+    train: tuple[Literal["train", "valid", "test"], ...] = ("train",)
+    requests_per_batch: int = 256  # global: shared out over the ranks
+    epochs: int = 1
+    shards: int = 8  # virtual shards a day is dealt into: a multiple of every world size to be used
+    candidates: dict[str, Quota]  # stage -> how many of a request's candidates, 'all', or random draws
+    pool: str = ""  # the part of the catalogue that is recommended from; '' is all of it
+    not_eligible: tuple[str, ...] = ()  # histories whose items are never recommended again
+
+    def __post_init__(self) -> None:
+        _at_least(1, requests_per_batch=self.requests_per_batch, shards=self.shards, epochs=self.epochs)
+        if self.requests_per_batch % self.shards:
+            raise ValueError(f"requests_per_batch {self.requests_per_batch} is not a multiple of shards {self.shards}")
+        for stage, quota in self.candidates.items():
+            if quota != "all" and quota < 0:
+                raise ValueError(f"candidates: {stage} must be 'all' or at least 0, found {quota}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A kind of feedback to predict, from a label column; a value of `at_least` or more counts as positive.
+
+    `binary`: whether it is positive. `ratio`: the value itself, clipped to [0, 1]. `weighted`: whether it is positive,
+    each positive weighing its value, so that the odds estimate the expected value, such as minutes (RRA Eq 2).
+    """
+
+    label: str
+    at_least: float = 1.0
+    kind: Literal["binary", "ratio", "weighted"] = "binary"
+    matures_after: float | None = None  # days until the label is known; None: as the dataset says
+
+    def __post_init__(self) -> None:
+        _at_least(-math.inf, at_least=self.at_least)
+        _at_least(0, **({} if self.matures_after is None else {"matures_after": self.matures_after}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """An embedding table; `auto` rows are as many as the dataset has ids."""
+
+    rows: int | Literal["auto"] = "auto"
+    dim: int
+    sharding: Literal["auto", "table_wise", "row_wise"] = "auto"
+    init: float = 0.05  # rows start uniform in [-init, init]
+
+    def __post_init__(self) -> None:
+        _at_least(1, dim=self.dim, **({} if self.rows == "auto" else {"rows": self.rows}))
+        _at_least(0, init=self.init)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """A named reading of a history, which heads list among their features."""
+
+    history: str
+    features: tuple[str, ...]  # item features of each past item
+    events: tuple[str, ...] = ()  # event features, projected to the item's width
+    combine: Literal["add", "multiply"] = "add"  # how they join the item: RRA 4.2.1 multiplies
+    competing: Competing | None = None  # each event becomes what it won against (RecFlow A.6)
+    length: int = 50  # newest events read
+    by: Pooling | SelfAttention | TargetAttention
+
+    def __post_init__(self) -> None:
+        _at_least(1, length=self.length)
+        if not self.features:
+            raise ValueError("features names no item feature; expected at least one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cross:
+    """A feature of (history, candidate), computed for every candidate alike, sampled ones too.
+
+    `count`: log(1 + how many of the history's events share the candidate's value of an item feature). `recency`:
+    1 / (1 + events since the latest that does), 0 if none does.
+    """
+
+    history: str
+    feature: str
+    of: Literal["count", "recency"] = "count"
+    length: int = 50  # newest events read
+
+    def __post_init__(self) -> None:
+        _at_least(1, length=self.length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharing:
+    """What the heads have in common, and which of them only read it: theirs is no gradient to what is shared."""
+
+    mode: Literal["none", "tables", "tables_and_encoders"] = "tables_and_encoders"
+    stop_gradient: tuple[Head, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.stop_gradient and self.mode == "none":
+            raise ValueError("stop_gradient names heads, but with mode none nothing is shared that they could spare")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """The stages of the funnel; any may be absent."""
+
+    retrieval: Retrieval | None = None
+    pre_ranking: PreRanking | None = None
+    ranking: Ranking | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableOptimizer:
+    """The fused optimizer of all tables, applied in the backward pass. Row-wise: one float of state per row."""
+
+    kind: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
+    lr: float = 0.1
+
+    def __post_init__(self) -> None:
+        _at_least(0, lr=self.lr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseOptimizer:
+    """The optimizer of everything that is not a table."""
+
+    kind: Literal["adam", "adamw"] = "adam"
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _at_least(0, lr=self.lr, weight_decay=self.weight_decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """Both optimizers, and a linear warm-up they share."""
+
+    tables: TableOptimizer = TableOptimizer()
+    dense: DenseOptimizer = DenseOptimizer()
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least(0, warmup_steps=self.warmup_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """How often a run speaks and saves, in steps, and looks at its validation part, in epochs (0: never)."""
+
+    log_every: int = 10
+    checkpoint_every: int = 100
+    keep: int = 2
+    evaluate_every_epochs: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least(1, log_every=self.log_every, checkpoint_every=self.checkpoint_every, keep=self.keep)
+        _at_least(0, evaluate_every_epochs=self.evaluate_every_epochs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What is measured, on which part, and the quotas of the funnel."""
+
+    valid: Literal["train", "valid", "test"] = "valid"
+    test: Literal["train", "valid", "test"] = "test"
+    task: str  # whose positives are what a head should find
+    k: tuple[int, ...] = (20, 100)
+    quotas: dict[str, int] = field(default_factory=dict)  # head -> candidates it keeps, in the funnel's order
+    whole_catalogue: tuple[Head, ...] = ()  # heads besides retrieval that also score every item for every request
+    candidates_per_batch: int = 65_536  # rows scored at once where heads score the whole catalogue
+    baselines: bool = False  # popularity, item-kNN, EASE and smoothed means beside the heads, on the same split
+
+    def __post_init__(self) -> None:
+        _at_least(1, candidates_per_batch=self.candidates_per_batch)
+        if not self.k:
+            raise ValueError("k is empty; expected at least one cut, such as [20, 100]")
+        _at_least(1, **{f"k: {k}": k for k in self.k}, **{f"quotas.{head}": n for head, n in self.quotas.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything one experiment is."""
+
+    run: Run
+    data: Data
+    tasks: dict[str, Task]
+    tables: dict[str, Table]
+    encoders: dict[str, Encoder] = field(default_factory=dict)
+    cross: dict[str, Cross] = field(default_factory=dict)
+    sharing: Sharing = Sharing()
+    heads: Heads
+    objectives: dict[str, Objective]
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    evaluation: Evaluation
+
+
+HEADS = ("retrieval", "pre_ranking", "ranking")
+
+
+def heads_of(config: Config) -> dict[str, Retrieval | PreRanking | Ranking]:
+    """The heads a config has, in the funnel's order."""
+    found = {name: getattr(config.heads, name) for name in HEADS}
+    return {name: head for name, head in found.items() if head is not None}

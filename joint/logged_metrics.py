@@ -1,0 +1,71 @@
+"""What a head's scores on logged candidates are worth: on exposures, in its input space, and against the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from joint import metrics
+from joint.batch import Batch
+from joint.experiment import Config, heads_of
+from joint.fusion import fuse
+from joint.metrics import AucState, Ratio
+from joint.objectives import stage_mask
+from joint.outputs import Outputs
+from joint.schema import Schema
+
+State = Ratio | AucState
+STUDENTS = {"retrieval": "alignment/retrieval_reverse_rate", "pre_ranking": "alignment/reverse_rate"}
+
+
+def logged_metrics(config: Config, schema: Schema, batch: Batch, outputs: Outputs) -> dict[str, State]:
+    """Every metric of logged candidates, as `HEAD/METRIC[/TASK]` and `alignment/METRIC/TASK`; fused has no task."""
+    scores = {name: fuse(head, list(config.tasks), outputs[name].logits) for name, head in heads_of(config).items()}
+    found = dict(_on_exposures(config, batch, outputs))
+    found |= dict(_alignment(config, batch, outputs, scores))
+    for head, score in scores.items():
+        if head in schema.input_space and head not in config.evaluation.whole_catalogue:
+            inside = stage_mask(("exposed", *schema.input_space[head]), batch.stages)
+            found |= dict(_in_space(config, head, score, inside, batch))
+    return found
+
+
+def _on_exposures(config: Config, batch: Batch, outputs: Outputs) -> Iterator[tuple[str, State]]:
+    """AUC, log loss and calibration per task, on exposures with known feedback."""
+    exposed = stage_mask(("exposed",), batch.stages)
+    for head, output in outputs.items():
+        for index, (task, rule) in enumerate(config.tasks.items()):
+            logits, labels = output.logits[:, index], batch.labels[:, index]
+            mask = batch.observed[:, index] & exposed
+            if rule.kind != "ratio":
+                yield f"{head}/auc/{task}", metrics.auc(logits, labels, mask=mask)
+            # A softmax's logits are no probabilities, and those of a weighted task are odds of its value.
+            if head != "retrieval" and rule.kind != "weighted":
+                yield f"{head}/log_loss/{task}", metrics.log_loss(logits, labels, mask=mask)
+                yield f"{head}/calibration/{task}", metrics.calibration(logits, labels, mask=mask)
+
+
+def _alignment(
+    config: Config, batch: Batch, outputs: Outputs, scores: dict[str, Tensor]
+) -> Iterator[tuple[str, State]]:
+    """How often a student orders a pair of a request against the teacher (SDCL's reverse rate)."""
+    for student, name in STUDENTS.items():
+        if student in outputs and "ranking" in outputs:
+            for index, task in enumerate(config.tasks):
+                pair = outputs[student].logits[:, index], outputs["ranking"].logits[:, index]
+                yield f"{name}/{task}", metrics.kendall_distance(*pair, batch.offsets)
+            yield f"{name}/fused", metrics.kendall_distance(scores[student], scores["ranking"], batch.offsets)
+
+
+def _in_space(config: Config, head: str, scores: Tensor, inside: Tensor, batch: Batch) -> Iterator[tuple[str, State]]:
+    """The positives among the logged candidates that the head has to order (RecFlow's recall, SDCL's precision)."""
+    offsets = torch.cat([inside.new_zeros(1, dtype=torch.long), inside.long().cumsum(0)])[batch.offsets]
+    positive = batch.positive[:, list(config.tasks).index(config.evaluation.task)]
+    kept = scores[inside], positive[inside], offsets
+    for k in config.evaluation.k:
+        yield f"{head}/recall@{k}", metrics.recall_at_k(*kept, k)
+        yield f"{head}/precision@{k}", metrics.precision_at_k(*kept, k)
+        yield f"{head}/ndcg@{k}", metrics.ndcg_at_k(*kept, k)
+        yield f"{head}/dcg_per_positive@{k}", metrics.dcg_per_positive_at_k(*kept, k)
