@@ -22,7 +22,7 @@ def main() -> int:
     arguments = parser.parse_args()
     check_versions()
     # Imported only now: with a wrong combination of versions this import fails, and less clearly.
-    from joint.evaluation import choose_fusion, evaluate_run
+    from joint.measure import choose_fusion, evaluate_run
 
     if arguments.choose_fusion:
         choose_fusion(arguments.run, arguments.choose_fusion, arguments.split, arguments.overrides)

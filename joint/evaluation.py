@@ -5,11 +5,8 @@ A metric's name is `HEAD/METRIC[/TASK]`, `alignment/…` or `funnel/…`; withou
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,33 +14,38 @@ import torch
 from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
 
-from joint import checkpoint, metrics
+from joint import metrics
 from joint.batch import Batch
 from joint.cascade import funnel
-from joint.config import check_against
 from joint.data.assemble import Assembler, logged, positives
-from joint.data.dataset import Dataset
 from joint.data.loader import NO_POOL
 from joint.data.order import Position
 from joint.data.ragged import Ragged
 from joint.data.requests import Requests
 from joint.data.sampling import Candidates, unlabelled
-from joint.distributed import gather_objects, process_group, rank, world_size
-from joint.errors import CheckpointError, ConfigError
+from joint.distributed import gather_objects, rank, world_size
 from joint.experiment import heads_of
-from joint.features import Plan
 from joint.fusion import fuse, fusion_weights
 from joint.logged_metrics import STUDENTS, State, logged_metrics
+from joint.metrics import PerRequest
 from joint.outputs import HeadOutput, Outputs
-from joint.ranks import pool_ranks
+from joint.ranks import pool_ranks, ranks, request_sums
 from joint.reference import baseline_metrics
-from joint.run import RunDirectory, write_metrics
-from joint.summary import table
-from joint.task import build_task
 from towers.retrieval import RetrievalHead
 
 Forward = Callable[[Batch], Outputs]
 States = dict[str, list[Any]]  # metric -> its states so far, all of one kind
+
+
+KEPT = ("request_id", "user_id", "group")  # what is known of a request beside its metrics
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The metrics of a split; and of those that are ratios, `METRIC.total` and `METRIC.count` of every request."""
+
+    numbers: dict[str, float]
+    requests: dict[str, np.ndarray]
 
 
 class Evaluator:
@@ -60,31 +62,32 @@ class Evaluator:
         self.eligibility = assembler.eligibility
 
     @torch.no_grad()
-    def __call__(self, split: str, *, whole_catalogue: bool) -> dict[str, float]:
+    def __call__(self, split: str, *, whole_catalogue: bool) -> Measured:
         """Every metric of the split; those of heads that score the whole catalogue cost most, and can be left out."""
         states: States = {}
+        seen: dict[str, list[np.ndarray]] = {}
         corpus: Tensor | None = None
         for requests in self._chunks(split):
             candidates = logged(requests, self.assembler.dataset)
             batch, outputs = self._run(requests, candidates, self.heads, with_corpus=corpus is None)
-            if len(requests):
-                self._add(states, logged_metrics(self.config, self.assembler.dataset.schema, batch, outputs))
+            found = logged_metrics(self.config, self.assembler.dataset.schema, batch, outputs)
             if "retrieval" in self.heads:
                 corpus = outputs["retrieval"].corpus[: len(self.eligibility.corpus)] if corpus is None else corpus  # type: ignore[index]
-                self._add(states, self._retrieval(requests, candidates, outputs["retrieval"], corpus))
+                found |= self._retrieval(requests, candidates, outputs["retrieval"], corpus)
             if whole_catalogue:
-                self._add(states, self._whole_catalogue(requests, candidates))
-        merged: States = {}
-        for part in gather_objects(states):
-            self._add(merged, {name: metrics.merge_all(found) for name, found in part.items()})
-        return {name: metrics.merge_all(found).value for name, found in merged.items()}
+                found |= self._whole_catalogue(requests, candidates)
+            if len(requests):  # a rank without any has taken part for the sake of the others
+                self._add(states, found)
+                for name in (name for name in KEPT if name in requests.columns):
+                    seen.setdefault(name, []).append(requests.scalars(name))
+        return _measured(states, seen)
 
-    def full(self, split: str) -> dict[str, float]:
+    def full(self, split: str) -> Measured:
         """Every metric, those that cost most too: the whole catalogue scored by all heads that the config names for
         it, and the baselines."""
         found = self(split, whole_catalogue=True)
         if self.config.evaluation.baselines and split not in self.config.data.train:
-            found |= baseline_metrics(self.config, self.assembler.dataset, split)
+            found.numbers.update(baseline_metrics(self.config, self.assembler.dataset, split))
         return found
 
     def _chunks(self, split: str) -> Iterator[Requests]:
@@ -125,9 +128,11 @@ class Evaluator:
         scores = (user @ corpus.T).where(eligible, -torch.inf)
         row, item = self._relevant(candidates)
         column = torch.from_numpy(self.eligibility.columns(item)).to(self.device)
-        ranks = pool_ranks(scores, torch.from_numpy(row).to(self.device), column, mask=eligible)
+        of = torch.from_numpy(row).to(self.device)
+        place = pool_ranks(scores, of, column, mask=eligible)
         found: dict[str, State] = {
-            f"retrieval/recall@{k}": metrics.recall_of_ranks(ranks, k) for k in self.config.evaluation.k
+            f"retrieval/recall@{k}": metrics.recall_by_request(place, of, len(requests), k)
+            for k in self.config.evaluation.k
         }
         quotas = self.config.evaluation.quotas
         if "retrieval" in quotas:
@@ -146,15 +151,16 @@ class Evaluator:
         batch, outputs = self._run(requests, unlabelled(items, self.assembler.dataset.schema.labels), self.heads)
         scores = {head: self._fused(head, output) for head, output in outputs.items()}
         relevant = torch.from_numpy(self._is_relevant(items, candidates)).to(self.device)
-        total = float(len(self._relevant(candidates)[0]))
+        wanted = np.bincount(self._relevant(candidates)[0], minlength=len(requests))
         found: dict[str, State] = {}
         for head, alive in funnel(scores, self.config.evaluation.quotas, batch.offsets):
             quota = self.config.evaluation.quotas[head]
-            found[f"funnel/{head}/recall@{quota}"] = metrics.Ratio(float((alive & relevant).sum()), total)
+            left = request_sums(alive & relevant, batch.offsets)[: len(requests)]
+            found[f"funnel/{head}/recall@{quota}"] = PerRequest.of(left, torch.from_numpy(wanted))
         if "ranking" in outputs:
             quota = self.config.evaluation.quotas["retrieval"]
             for student in (head for head in STUDENTS if head in outputs):
-                distance = metrics.kendall_distance(scores[student], scores["ranking"], batch.offsets)
+                distance = metrics.kendall_by_request(scores[student], scores["ranking"], batch.offsets)
                 found[f"alignment/nktd@{quota}/{student}"] = distance
         return found
 
@@ -174,12 +180,13 @@ class Evaluator:
             items = self.eligibility.eligible(chosen)
             batch, outputs = self._run(chosen, unlabelled(items, self.assembler.dataset.schema.labels), heads)
             relevant = torch.from_numpy(self._is_relevant(items, known)).to(self.device)
-            total = float(len(self._relevant(known)[0]))
+            wanted = torch.from_numpy(np.bincount(self._relevant(known)[0], minlength=len(chosen)))
             for head in heads:
                 scores = self._fused(head, outputs[head])
+                rank = ranks(scores, relevant, batch.offsets)
                 for k in self.config.evaluation.k:
-                    hits = metrics.recall_at_k(scores, relevant, batch.offsets, k)
-                    self._add(states, {f"{head}/recall@{k}": metrics.Ratio(hits.total, total)})
+                    hits = request_sums((rank < k) & relevant, batch.offsets)[: len(chosen)]
+                    self._add(states, {f"{head}/recall@{k}": PerRequest.of(hits, wanted)})
         return {name: metrics.merge_all(parts) for name, parts in states.items()}
 
     def _relevant(self, candidates: Candidates) -> tuple[np.ndarray, np.ndarray]:
@@ -197,82 +204,32 @@ class Evaluator:
             states.setdefault(name, []).append(state)
 
 
+def _measured(states: States, seen: dict[str, list[np.ndarray]]) -> Measured:
+    """What all ranks found, together: numbers, those of every user group, and ratios by request."""
+    merged: States = {}
+    columns: dict[str, list[np.ndarray]] = {}
+    for found, known in gather_objects((states, seen)):
+        Evaluator._add(merged, {name: metrics.merge_all(parts) for name, parts in found.items()})
+        for name, parts in known.items():
+            columns.setdefault(name, []).extend(parts)
+    final = {name: metrics.merge_all(parts) for name, parts in merged.items()}
+    requests = {name: np.concatenate(parts) for name, parts in columns.items()}
+    numbers = {name: state.value for name, state in final.items()}
+    ratios = {name: state for name, state in final.items() if isinstance(state, PerRequest)}
+    groups = torch.from_numpy(requests["group"]) if requests else torch.zeros(0)
+    for group in groups.unique().tolist():
+        own = groups == group
+        for name, state in ratios.items():
+            numbers[f"group/{group}/{name}"] = PerRequest(state.total[own], state.count[own]).value
+    for name, state in ratios.items():
+        requests |= {f"{name}.total": state.total.numpy(), f"{name}.count": state.count.numpy()}
+    return Measured(numbers, requests)
+
+
 def _take(candidates: Candidates, rows: np.ndarray) -> Candidates:
     index = Ragged(np.arange(len(candidates.stages)), candidates.items.offsets).take(rows).values
     labels = {name: values[index] for name, values in candidates.labels.items()}
     return Candidates(candidates.items.take(rows), candidates.stages[index], labels)
-
-
-@contextmanager
-def open_model(path: Path, overrides: Sequence[str]) -> Iterator[tuple[RunDirectory, Evaluator, int]]:
-    """A run's newest checkpoint, ready to be measured, and its step.
-
-    Raises:
-        ConfigError: an override is of something that training depends on.
-        CheckpointError: there is no complete checkpoint, or the dataset is another one.
-    """
-    run = RunDirectory(path)
-    config, tree = run.load_config(overrides)
-    dataset = Dataset(config.data.path)
-    check_against(config, tree, dataset.schema)
-    run.check_dataset(dataset.schema)
-    plan = Plan(config, dataset.schema)
-    with process_group() as device:
-        model = build_task(plan, device)
-        progress = checkpoint.load_latest(run.checkpoints, model)
-        if not progress.step:
-            raise CheckpointError(f"{run.checkpoints}: no complete checkpoint in it; train the run first")
-        yield run, evaluator_of(model, Assembler(plan, dataset), device), progress.step
-
-
-def evaluate_run(path: Path, split: str | None, overrides: Sequence[str] = ()) -> None:
-    """Measure a run's newest checkpoint on a split (None: the config's test part) and print the table.
-
-    The test part writes eval.json, unless something was overridden.
-    """
-    with open_model(path, overrides) as (run, evaluator, step):
-        config = evaluator.config
-        split = split or config.evaluation.test
-        found = evaluator.full(split)
-        if rank() == 0:
-            if split == config.evaluation.test and not overrides:
-                write_metrics(run, found)
-            seen = " (which it was trained on)" if split in config.data.train else ""
-            print(f"{run.path}, step {step}, on {split}{seen}:\n{table(config, found)}")
-
-
-def choose_fusion(path: Path, head: str, split: str | None, overrides: Sequence[str] = ()) -> None:
-    """Measure a head under a grid of its tasks' weights, and print what each gives, the best last (RRA's w_serve).
-
-    Judged by the head's recall at the smallest k: over the catalogue, in its input space, or in the funnel.
-
-    Raises:
-        ConfigError: there is no such head, or one task only, or no recall is measured of it.
-    """
-    with open_model(path, overrides) as (run, evaluator, _):
-        config = evaluator.config
-        if head not in evaluator.heads or len(config.tasks) < 2:
-            raise ConfigError(f"--choose-fusion {head}: expected a head of {', '.join(evaluator.heads)}, and two tasks")
-        tried = []
-        for weights in fusion_grid(len(config.tasks)):
-            fusion = dict(zip(config.tasks, weights, strict=True))
-            evaluator.heads[head] = replace(evaluator.heads[head], fusion=fusion)
-            found = evaluator(split or config.evaluation.valid, whole_catalogue=head != "retrieval")
-            goals = [name for name in found if name.startswith((f"{head}/recall@", f"funnel/{head}/recall@"))]
-            if not goals:
-                raise ConfigError(f"--choose-fusion {head}: name it in evaluation.whole_catalogue or evaluation.quotas")
-            tried.append((found[goals[0]], goals[0], fusion))
-        if rank() == 0:
-            for value, name, fusion in sorted(tried, key=lambda trial: trial[0]):
-                said = ", ".join(f"{task}: {weight:g}" for task, weight in fusion.items())
-                print(f"{name} {value:.4f}  heads.{head}.fusion={{{said}}}")
-
-
-def fusion_grid(tasks: int) -> list[tuple[float, ...]]:
-    """Weights that sum to 1, in tenths for two tasks and in quarters for more."""
-    steps = 10 if tasks == 2 else 4
-    whole = [parts for parts in itertools.product(range(steps + 1), repeat=tasks) if sum(parts) == steps]
-    return [tuple(part / steps for part in parts) for parts in whole]
 
 
 def evaluator_of(model: DistributedModelParallel, assembler: Assembler, device: torch.device) -> Evaluator:

@@ -11,12 +11,13 @@ from joint import metrics
 from joint.batch import Batch
 from joint.experiment import Config, heads_of
 from joint.fusion import fuse
-from joint.metrics import AucState, Ratio
+from joint.metrics import AucState, PerRequest, Ratio
 from joint.objectives import stage_mask
 from joint.outputs import Outputs
+from joint.ranks import ranks
 from joint.schema import Schema
 
-State = Ratio | AucState
+State = Ratio | PerRequest | AucState
 STUDENTS = {"retrieval": "alignment/retrieval_reverse_rate", "pre_ranking": "alignment/reverse_rate"}
 
 
@@ -55,17 +56,18 @@ def _alignment(
         if student in outputs and "ranking" in outputs:
             for index, task in enumerate(config.tasks):
                 pair = outputs[student].logits[:, index], outputs["ranking"].logits[:, index]
-                yield f"{name}/{task}", metrics.kendall_distance(*pair, batch.offsets)
-            yield f"{name}/fused", metrics.kendall_distance(scores[student], scores["ranking"], batch.offsets)
+                yield f"{name}/{task}", metrics.kendall_by_request(*pair, batch.offsets)
+            yield f"{name}/fused", metrics.kendall_by_request(scores[student], scores["ranking"], batch.offsets)
 
 
 def _in_space(config: Config, head: str, scores: Tensor, inside: Tensor, batch: Batch) -> Iterator[tuple[str, State]]:
     """The positives among the logged candidates that the head has to order (RecFlow's recall, SDCL's precision)."""
     offsets = torch.cat([inside.new_zeros(1, dtype=torch.long), inside.long().cumsum(0)])[batch.offsets]
     positive = batch.positive[:, list(config.tasks).index(config.evaluation.task)]
-    kept = scores[inside], positive[inside], offsets
+    order, lengths = ranks(scores[inside], positive[inside], offsets), offsets.diff()
+    rank, row = order[positive[inside]], batch.row[inside][positive[inside]]
     for k in config.evaluation.k:
-        yield f"{head}/recall@{k}", metrics.recall_at_k(*kept, k)
-        yield f"{head}/precision@{k}", metrics.precision_at_k(*kept, k)
-        yield f"{head}/ndcg@{k}", metrics.ndcg_at_k(*kept, k)
-        yield f"{head}/dcg_per_positive@{k}", metrics.dcg_per_positive_at_k(*kept, k)
+        yield f"{head}/recall@{k}", metrics.recall_by_request(rank, row, len(lengths), k)
+        yield f"{head}/precision@{k}", metrics.precision_by_request(rank, row, lengths, k)
+        yield f"{head}/ndcg@{k}", metrics.ndcg_by_request(rank, row, len(lengths), k)
+        yield f"{head}/dcg_per_positive@{k}", metrics.dcg_by_request(rank, row, len(lengths), k)

@@ -49,6 +49,37 @@ class Ratio:
 
 
 @dataclass(frozen=True, eq=False)
+class PerRequest:
+    """A `Ratio` request by request: `total [R]` and `count [R]`, float64 on the CPU; 0 / 0 is a request without units.
+
+    Users and user groups are sums of it; a paired bootstrap draws from it.
+    """
+
+    total: Tensor
+    count: Tensor
+
+    @classmethod
+    def of(cls, total: Tensor, count: Tensor) -> "PerRequest":
+        """From `[R]` of any kind, on any device."""
+        return cls(total.double().cpu(), count.double().cpu())
+
+    def merge(self, *others: "PerRequest") -> "PerRequest":
+        """The requests of all states, one after another."""
+        parts = (self, *others)
+        return PerRequest(torch.cat([part.total for part in parts]), torch.cat([part.count for part in parts]))
+
+    @property
+    def ratio(self) -> Ratio:
+        """Of all requests together."""
+        return Ratio(float(self.total.sum()), float(self.count.sum()))
+
+    @property
+    def value(self) -> float:
+        """Σ total / Σ count; nan when there is no unit."""
+        return self.ratio.value
+
+
+@dataclass(frozen=True, eq=False)
 class AucState:
     """All scores `[M]` and labels `[M]` (bool), on the CPU: the exact AUC is no sum over batches."""
 
@@ -66,7 +97,7 @@ class AucState:
         return float(_auc_by_request(self.scores, self.labels, torch.tensor([0, len(self.scores)]))[0])
 
 
-State = TypeVar("State", Ratio, AucState)
+State = TypeVar("State", Ratio, PerRequest, AucState)
 
 
 def merge_all(states: Iterable[State]) -> State:
@@ -94,11 +125,16 @@ def precision_at_k(scores: Tensor, relevant: Tensor, offsets: Tensor, k: int) ->
 
     scores, relevant (bool) `[N]`. Unit: non-empty request (SDCL's Precision@K).
     """
-    _check_k(k)
     offsets = check_ragged(offsets, scores=scores, relevant=relevant)
-    lengths = offsets.diff()
-    hits = request_sums((ranks(scores, relevant, offsets) < k) & relevant.bool(), offsets)
-    return _mean(hits / lengths.clamp(max=k), lengths > 0)
+    rank, row = _relevant_ranks(scores, relevant, offsets)
+    return precision_by_request(rank, row, offsets.diff(), k).ratio
+
+
+def precision_by_request(rank: Tensor, row: Tensor, lengths: Tensor, k: int) -> PerRequest:
+    """`precision_at_k` of the ranks `[M]` of relevant candidates of requests `row [M]`, by request of `lengths [R]`."""
+    _check_k(k)
+    hits = row_sums(rank < k, row, len(lengths))
+    return _per_request(hits / lengths.clamp(max=k), lengths > 0)
 
 
 def weighted_recall_at_k(scores: Tensor, relevant: Tensor, weight: Tensor, offsets: Tensor, k: int) -> Ratio:
@@ -150,18 +186,37 @@ def recall_of_ranks(rank: Tensor, k: int, *, row: Tensor | None = None, weight: 
     return _mean(row_sums(hit, row, len(rows)) / total, total > 0)
 
 
+def recall_by_request(rank: Tensor, row: Tensor, requests: int, k: int, *, weight: Tensor | None = None) -> PerRequest:
+    """`recall_of_ranks` of ranks `[M]` and the requests `row [M]` they are of, request by request."""
+    _check_k(k)
+    weight = torch.ones_like(rank, dtype=torch.float64) if weight is None else weight.double()
+    hit = weight.where(rank < k, 0)
+    return PerRequest.of(row_sums(hit, row, requests), row_sums(weight, row, requests))
+
+
 def dcg_of_ranks(rank: Tensor, k: int) -> Ratio:
     """DCG per relevant item given the ranks `[M]` (see `dcg_per_positive_at_k`). Unit: relevant item."""
     gain = _gain(rank, k)
     return _ratio(gain, torch.ones_like(gain))
 
 
+def dcg_by_request(rank: Tensor, row: Tensor, requests: int, k: int) -> PerRequest:
+    """`dcg_of_ranks` of ranks `[M]` and the requests `row [M]` they are of, request by request."""
+    return PerRequest.of(row_sums(_gain(rank, k), row, requests), torch.bincount(row, minlength=requests))
+
+
 def ndcg_of_ranks(rank: Tensor, row: Tensor, k: int) -> Ratio:
     """NDCG@K given the ranks `[M]` of relevant items and their `row [M]`. Unit: row with a relevant item."""
-    _, row, relevant = torch.unique(row, return_inverse=True, return_counts=True)
+    rows, row = torch.unique(row, return_inverse=True)
+    return ndcg_by_request(rank, row, len(rows), k).ratio
+
+
+def ndcg_by_request(rank: Tensor, row: Tensor, requests: int, k: int) -> PerRequest:
+    """`ndcg_of_ranks` of ranks `[M]` and the requests `row [M]` they are of, request by request."""
+    relevant = torch.bincount(row, minlength=requests)
     best_ranks = torch.arange(int(relevant.max()) if len(relevant) else 0, device=rank.device)
-    ideal = _gain(best_ranks, k).cumsum(0)[relevant - 1]
-    return _mean(row_sums(_gain(rank, k), row, len(relevant)) / ideal, relevant > 0)
+    ideal = pad(_gain(best_ranks, k).cumsum(0), (1, 0))[relevant]
+    return _per_request(row_sums(_gain(rank, k), row, requests) / ideal, relevant > 0)
 
 
 def kendall_distance(a: Tensor, b: Tensor, offsets: Tensor) -> Ratio:
@@ -172,6 +227,11 @@ def kendall_distance(a: Tensor, b: Tensor, offsets: Tensor) -> Ratio:
     rate; over the N best of retrieval RRA's NKTD@N. a, b `[N]`. Unit: request with ≥ 2 candidates.
     O(N log N), after Knight 1966.
     """
+    return kendall_by_request(a, b, offsets).ratio
+
+
+def kendall_by_request(a: Tensor, b: Tensor, offsets: Tensor) -> PerRequest:
+    """`kendall_distance` request by request."""
     offsets = check_ragged(offsets, a=a, b=b)
     by_a = order_within(a, offsets, b.argsort(descending=True, stable=True))
     by_b = order_within(b, offsets, by_a)
@@ -182,7 +242,7 @@ def kendall_distance(a: Tensor, b: Tensor, offsets: Tensor) -> Ratio:
     )
     discordant = inversions(position[by_b], offsets) + request_sums(tied_once, offsets) / 2
     lengths = offsets.diff().double()
-    return _mean(discordant / (lengths * (lengths - 1) / 2), lengths >= 2)
+    return _per_request(discordant / (lengths * (lengths - 1) / 2), lengths >= 2)
 
 
 def overlap_at_k(a: Tensor, b: Tensor, offsets: Tensor, k: int) -> Ratio:
@@ -190,12 +250,17 @@ def overlap_at_k(a: Tensor, b: Tensor, offsets: Tensor, k: int) -> Ratio:
 
     a, b `[N]`; among equal scores the lower index comes first. Unit: non-empty request.
     """
+    return overlap_by_request(a, b, offsets, k).ratio
+
+
+def overlap_by_request(a: Tensor, b: Tensor, offsets: Tensor, k: int) -> PerRequest:
+    """`overlap_at_k` request by request."""
     _check_k(k)
     offsets = check_ragged(offsets, a=a, b=b)
     lengths = offsets.diff()
     alike = torch.zeros_like(a, dtype=torch.bool)
     both = (ranks(a, alike, offsets) < k) & (ranks(b, alike, offsets) < k)
-    return _mean(request_sums(both, offsets) / lengths.clamp(max=k), lengths > 0)
+    return _per_request(request_sums(both, offsets) / lengths.clamp(max=k), lengths > 0)
 
 
 def auc(logits: Tensor, labels: Tensor, *, mask: Tensor | None = None) -> AucState:
@@ -254,6 +319,10 @@ def _ratio(total: Tensor, count: Tensor) -> Ratio:
 
 def _mean(values: Tensor, keep: Tensor) -> Ratio:
     return _ratio(values[keep], keep)
+
+
+def _per_request(values: Tensor, keep: Tensor) -> PerRequest:
+    return PerRequest.of(values.where(keep, 0), keep)
 
 
 def _gain(rank: Tensor, k: int) -> Tensor:

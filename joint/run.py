@@ -1,7 +1,7 @@
 """The run directory: where each thing of a run is, and whether it belongs to this config.
 
 runs/NAME/  config.yaml · environment.json · train.log · metrics.jsonl · tensorboard/ ·
-            checkpoints/step-00001000/ · eval.json
+            checkpoints/step-00001000/ · eval.json · eval/requests.parquet
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from joint import __version__, settings
@@ -66,6 +69,11 @@ class RunDirectory:
     def evaluation(self) -> Path:
         """The metrics of the finished run on the test part."""
         return self.path / "eval.json"
+
+    @property
+    def evaluated_requests(self) -> Path:
+        """The ratios of eval.json by request of the test part: `METRIC.total`, `METRIC.count`."""
+        return self.path / "eval" / "requests.parquet"
 
     @property
     def begun(self) -> bool:
@@ -126,8 +134,12 @@ def make_run(run: RunDirectory, config: Config, schema: Schema) -> None:
         raise CheckpointError(f"{run.path}: cannot be made ({error.strerror})") from error
 
 
-def write_metrics(run: RunDirectory, found: Mapping[str, float]) -> None:
-    """Write eval.json; a metric without a unit (nan) is left out."""
+def write_metrics(run: RunDirectory, found: Mapping[str, float], requests: Mapping[str, np.ndarray]) -> None:
+    """Write eval.json, without the metrics that have no unit (nan), and before it the metrics of every request."""
+    run.evaluated_requests.parent.mkdir(exist_ok=True)
+    temporary = run.evaluated_requests.with_name(".requests.unfinished")
+    pq.write_table(pa.table(dict(requests)), temporary, compression="zstd")
+    temporary.replace(run.evaluated_requests)
     known = {name: value for name, value in sorted(found.items()) if not math.isnan(value)}
     write_whole(run.evaluation, json.dumps(known, indent=1))
 

@@ -78,7 +78,7 @@ def train(config: Config, dataset: Dataset) -> None:
                 reporter.interval(progress.step, counts.tolist(), rates | routing_numbers(model))
             if ends_epoch(progress.position, config.train.evaluate_every_epochs):
                 pipeline.detach()
-                found = evaluator_of(model, assembler, device)(config.evaluation.valid, whole_catalogue=False)
+                found = evaluator_of(model, assembler, device)(config.evaluation.valid, whole_catalogue=False).numbers
                 pipeline.attach()
                 model.train()
                 reporter.numbers(progress.step, found)
@@ -93,11 +93,11 @@ def train(config: Config, dataset: Dataset) -> None:
         else:
             pipeline.detach()
             reporter.say(f"measuring on {config.evaluation.test} …")
-            found = evaluator_of(model, assembler, device).full(config.evaluation.test)
+            measured = evaluator_of(model, assembler, device).full(config.evaluation.test)
             if rank() == 0:
-                write_metrics(run, found)
-            reporter.numbers(progress.step, {f"test/{name}": value for name, value in found.items()})
-            reporter.say(table(config, found))
+                write_metrics(run, measured.numbers, measured.requests)
+            reporter.numbers(progress.step, {f"test/{name}": value for name, value in measured.numbers.items()})
+            reporter.say(table(config, measured.numbers))
         reporter.close()
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from joint.evaluation import fusion_grid
+from joint.measure import fusion_grid
 from joint.fusion import fuse, fusion_weights
 from towers.ranking import Ranking
 from towers.retrieval import Retrieval

@@ -61,6 +61,32 @@ def test_one_process_needs_no_torchrun_and_evaluate_repeats_its_table(tiny_file,
     assert (run / "eval.json").read_bytes() == written
 
 
+def test_weights_are_chosen_on_the_validation_part_and_measured_as_given(tiny_file, tmp_path):
+    assert finish(start("-m", "joint.train", str(tiny_file), "data.epochs=1"))[0] == 0
+    run = str(tmp_path / "runs" / "tiny")
+    before = (tmp_path / "runs/tiny/eval.json").read_bytes()
+    code, out, err = finish(start("-m", "joint.evaluate", run, "--choose-fusion", "retrieval"))
+    assert code == 0, err
+    lines = [line.split() for line in out.splitlines()]
+    assert len(lines) == 11
+    assert [line[0] for line in lines] == ["retrieval/recall@3"] * 11
+    values = [float(line[1]) for line in lines]
+    assert values == sorted(values)
+    best = out.splitlines()[-1].split("  ")[1]
+    assert best.startswith("heads.retrieval.fusion={like: ")
+    code, out, err = finish(start("-m", "joint.evaluate", run, "--split", "valid", best, "evaluation.k=[3]"))
+    assert code == 0, err
+    row = next(line for line in out.splitlines() if line.startswith("retrieval"))
+    assert row.split()[1] == lines[-1][1]
+    assert (tmp_path / "runs/tiny/eval.json").read_bytes() == before
+    code, _, err = finish(start("-m", "joint.evaluate", run, "data.epochs=3"))
+    assert code == 2
+    assert "of a trained run only evaluation.* and fusion weights may be changed" in err
+    code, _, err = finish(start("-m", "joint.evaluate", run, "--choose-fusion", "ranker"))
+    assert code == 2
+    assert "expected a head of retrieval, pre_ranking, ranking" in err
+
+
 def test_torchrun_trains_on_two_ranks_and_one_of_them_speaks(tiny_file, tmp_path):
     code, out, err = finish(start(*TORCHRUN, "-m", "joint.train", str(tiny_file), "data.epochs=1"))
     assert code == 0, err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import math
 from dataclasses import dataclass
 
@@ -62,7 +63,7 @@ def measure(configure, group, assemble, tiny_data):
         config = configure(*wide, *overrides)
         assembler = assemble.assembler(config)
         model = build_task(assembler.plan, group)
-        found = evaluator_of(model, assembler, group).full("test")
+        found = evaluator_of(model, assembler, group).full("test").numbers
         requests, table = assembler.dataset.read_split("test"), read(tiny_data, "test")
         slow = []
         for number, row in table.iterrows():
@@ -181,12 +182,26 @@ def test_the_size_of_the_pieces_does_not_matter_and_a_quick_look_is_part_of_the_
 ):
     _, model, found, _ = measured
     other = assemble.assembler(configure("data.requests_per_batch=6", "evaluation.candidates_per_batch=70"))
-    assert evaluator_of(model, other, group).full("test") == pytest.approx(found, rel=1e-6)
-    quick = evaluator_of(model, other, group)("test", whole_catalogue=False)
+    assert evaluator_of(model, other, group).full("test").numbers == pytest.approx(found, rel=1e-6)
+    quick = evaluator_of(model, other, group)("test", whole_catalogue=False).numbers
     assert quick == {name: pytest.approx(found[name], rel=1e-6) for name in quick}
+    costly = ("baselines/", "ranking/recall", "pre_ranking/recall")
     assert {name for name in found if name not in quick} == {
-        name for name in found if name.startswith(("baselines/", "ranking/recall", "pre_ranking/recall"))
+        name for name in found if re.sub(r"^group/\d+/", "", name).startswith(costly)
     }
+
+
+def test_ratios_by_request_give_the_whole_and_the_user_groups(measured, assemble, group):
+    config, model, found, slow = measured
+    requests = pd.DataFrame(evaluator_of(model, assemble.assembler(config), group).full("test").requests)
+    assert requests.user_id.tolist() == [request.user for request in slow]
+    names = [name.removesuffix(".total") for name in requests.columns if name.endswith(".total")]
+    assert {"retrieval/recall@3", "funnel/ranking/recall@3", "alignment/reverse_rate/fused"} <= set(names)
+    for name in names:
+        assert requests[f"{name}.total"].sum() / requests[f"{name}.count"].sum() == pytest.approx(found[name])
+        for which, own in requests.groupby("group"):
+            expected = own[f"{name}.total"].sum() / own[f"{name}.count"].sum() if own[f"{name}.count"].sum() else np.nan
+            assert found[f"group/{which}/{name}"] == pytest.approx(expected, nan_ok=True)
 
 
 def test_the_baselines_are_measured_on_the_same_requests(measured, tiny_data):
@@ -230,7 +245,7 @@ def test_a_metric_without_units_is_nan(configure, group, assemble):
     """Nobody likes anything here: recalls have nothing to be measured on, and an AUC only one class."""
     config = configure("tasks.like.at_least=9", "evaluation.baselines=false")
     assembler = assemble.assembler(config)
-    found = evaluator_of(build_task(assembler.plan, group), assembler, group).full("test")
+    found = evaluator_of(build_task(assembler.plan, group), assembler, group).full("test").numbers
     for name in ("retrieval/recall@3", "ranking/recall@3", "funnel/ranking/recall@3", "ranking/auc/like"):
         assert math.isnan(found[name]), name
     assert 0 < found["ranking/auc/fine"] < 1

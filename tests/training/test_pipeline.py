@@ -49,7 +49,7 @@ def steps(configure, group, assemble):
             positions.append(output.batch.position)
             if step == evaluated:
                 pipeline.detach()
-                losses.append(evaluator_of(model, assembler, group).full("valid"))
+                losses.append(evaluator_of(model, assembler, group).full("valid").numbers)
                 pipeline.attach()
                 model.train()
         if build is sparse_dist:

@@ -1,0 +1,93 @@
+"""A finished run, measured again: from its newest checkpoint, on any split, under other weights of its tasks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from joint import checkpoint
+from joint.config import check_against
+from joint.data.assemble import Assembler
+from joint.data.dataset import Dataset
+from joint.distributed import process_group, rank
+from joint.errors import CheckpointError, ConfigError
+from joint.evaluation import Evaluator, evaluator_of
+from joint.features import Plan
+from joint.run import RunDirectory, write_metrics
+from joint.summary import table
+from joint.task import build_task
+
+
+@contextmanager
+def open_model(path: Path, overrides: Sequence[str]) -> Iterator[tuple[RunDirectory, Evaluator, int]]:
+    """A run's newest checkpoint, ready to be measured, and its step.
+
+    Raises:
+        ConfigError: an override is of something that training depends on.
+        CheckpointError: there is no complete checkpoint, or the dataset is another one.
+    """
+    run = RunDirectory(path)
+    config, tree = run.load_config(overrides)
+    dataset = Dataset(config.data.path)
+    check_against(config, tree, dataset.schema)
+    run.check_dataset(dataset.schema)
+    plan = Plan(config, dataset.schema)
+    with process_group() as device:
+        model = build_task(plan, device)
+        progress = checkpoint.load_latest(run.checkpoints, model)
+        if not progress.step:
+            raise CheckpointError(f"{run.checkpoints}: no complete checkpoint in it; train the run first")
+        yield run, evaluator_of(model, Assembler(plan, dataset), device), progress.step
+
+
+def evaluate_run(path: Path, split: str | None, overrides: Sequence[str] = ()) -> None:
+    """Measure a run's newest checkpoint on a split (None: the config's test part) and print the table.
+
+    The test part writes eval.json, unless something was overridden.
+    """
+    with open_model(path, overrides) as (run, evaluator, step):
+        config = evaluator.config
+        split = split or config.evaluation.test
+        found = evaluator.full(split)
+        if rank() == 0:
+            if split == config.evaluation.test and not overrides:
+                write_metrics(run, found.numbers, found.requests)
+            seen = " (which it was trained on)" if split in config.data.train else ""
+            print(f"{run.path}, step {step}, on {split}{seen}:\n{table(config, found.numbers)}")
+
+
+def choose_fusion(path: Path, head: str, split: str | None, overrides: Sequence[str] = ()) -> None:
+    """Measure a head under a grid of its tasks' weights, and print what each gives, the best last (RRA's w_serve).
+
+    Judged by the head's recall at the smallest k: over the catalogue, in its input space, or in the funnel.
+
+    Raises:
+        ConfigError: there is no such head, or one task only, or no recall is measured of it.
+    """
+    with open_model(path, overrides) as (_, evaluator, _):
+        config = evaluator.config
+        if head not in evaluator.heads or len(config.tasks) < 2:
+            raise ConfigError(f"--choose-fusion {head}: expected a head of {', '.join(evaluator.heads)}, and two tasks")
+        tried = []
+        for weights in fusion_grid(len(config.tasks)):
+            fusion = dict(zip(config.tasks, weights, strict=True))
+            evaluator.heads[head] = replace(evaluator.heads[head], fusion=fusion)
+            found = evaluator(split or config.evaluation.valid, whole_catalogue=head != "retrieval").numbers
+            goals = [name for name in found if name.startswith((f"{head}/recall@", f"funnel/{head}/recall@"))]
+            if not goals:
+                raise ConfigError(f"--choose-fusion {head}: name it in evaluation.whole_catalogue or evaluation.quotas")
+            tried.append((found[goals[0]], goals[0], fusion))
+        if rank() == 0:
+            for value, name, fusion in sorted(tried, key=lambda trial: trial[0]):
+                said = ", ".join(f"{task}: {weight:g}" for task, weight in fusion.items())
+                print(f"{name} {value:.4f}  heads.{head}.fusion={{{said}}}")
+
+
+def fusion_grid(tasks: int) -> list[tuple[float, ...]]:
+    """Weights that sum to 1, in tenths for two tasks and in quarters for more."""
+    steps = 10 if tasks == 2 else 4
+    whole = [parts for parts in itertools.product(range(steps + 1), repeat=tasks) if sum(parts) == steps]
+    return [tuple(part / steps for part in parts) for parts in whole]
