@@ -19,7 +19,7 @@ def main() -> int:
     parser.add_argument(
         "--choose-fusion", metavar="HEAD", help="try a grid of its tasks' weights, on evaluation.valid by default"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     check_versions()
     # Imported only now: with a wrong combination of versions this import fails, and less clearly.
     from joint.measure import choose_fusion, evaluate_run
