@@ -12,7 +12,16 @@ from pathlib import Path
 from joint import settings
 from joint.commands import run_command
 from joint.experiment import HEADS, Config, Encoder, heads_of
-from joint.objectives import AdaptiveContrastive, Distillation, ExpectedL0, MultiClass, Objective, spaces_of
+from joint.objectives import (
+    AdaptiveContrastive,
+    Distillation,
+    ExpectedL0,
+    Imitation,
+    MultiClass,
+    Objective,
+    Pairwise,
+    spaces_of,
+)
 from joint.schema import POOL_TOKENS, SPACE_TOKENS, STAGES, Feature, Schema
 from towers.mixtures import Snr
 from towers.pre_ranking import PreRanking
@@ -137,9 +146,13 @@ def _objective_mistakes(config: Config, path: str, objective: Objective) -> Iter
             f"{path}.space",
             f"{objective.loss} compares candidates of a request; {pooled[0]} is not among them",
         )
+    if isinstance(objective, Imitation) and tokens & {"positive", "exposed_neg"}:
+        yield f"{path}.space", f"{objective.loss} orders the same candidates for all tasks; name exposed instead"
+    if isinstance(objective, Pairwise):
+        yield from _unknown(f"{path}.winner_weights", list(objective.winner_weights), SPACE_TOKENS, "space")
     if isinstance(objective, AdaptiveContrastive) and objective.head != "pre_ranking":
         yield f"{path}.head", "adaptive weights compare the pre_ranking head's gated item side; no other head has one"
-    if isinstance(objective, Distillation):
+    if isinstance(objective, Distillation | Imitation):
         yield from _unknown(f"{path}.teacher", [objective.teacher], heads, "head")
         if objective.teacher == objective.head:
             yield f"{path}.teacher", "a head cannot teach itself"

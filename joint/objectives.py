@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -21,6 +21,15 @@ from losses import LossTerm
 from losses.term import check_positive
 
 Head = Literal["retrieval", "pre_ranking", "ranking"]
+# FS-LTR's priorities (RecFlow 3.1.2): 0, 1, … by how far a candidate got; positive feedback comes after the last.
+PRIORITY = (
+    Stage.RANDOM,
+    Stage.PRERANK_NEG,
+    Stage.COARSE_NEG,
+    Stage.RANKED | Stage.RERANKED | Stage.RANK_NEG | Stage.RERANK_NEG,
+    Stage.RANK_POS | Stage.RERANK_POS,
+    Stage.EXPOSED,
+)
 
 
 def _check_not_negative(**values: float) -> None:
@@ -96,6 +105,32 @@ class AdaptiveContrastive(_Common):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pairwise(_Common):
+    """Of two candidates of a request that of higher priority should score higher (FS-LTR: RecFlow Eq 1).
+
+    Winners are drawn from `winners` (none named: from the space too), losers from the space; what decides is how far a
+    candidate got, then its feedback. `winner_weights` weighs pairs by a space of the winner; others weigh 1.
+    PositiveRank: winners [positive]. Auxiliary ranking: winners [positive], the space of stage samples. BPR: [random].
+    """
+
+    loss: Literal["pairwise"] = "pairwise"
+    winners: tuple[str, ...] = ()
+    winner_weights: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_not_negative(**{f"winner_weights.{name}": value for name, value in self.winner_weights.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imitation(_Common):
+    """The space's candidates in the teacher's order: by its softmax, its order, or its odds for each pair."""
+
+    loss: Literal["list_net", "list_mle", "soft_pairwise"]
+    teacher: Head = "ranking"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExpectedL0:
     """The expected number of open gates of a head's SNR trunks, a penalty (Ma et al., AAAI'19; Louizos et al. 2018)."""
 
@@ -107,15 +142,17 @@ class ExpectedL0:
         _check_not_negative(weight=self.weight)
 
 
-Objective = Binary | Distillation | MultiClass | AdaptiveContrastive | ExpectedL0
+Objective = Binary | Distillation | MultiClass | AdaptiveContrastive | Pairwise | Imitation | ExpectedL0
 
 
 def spaces_of(objective: Objective) -> dict[str, tuple[str, ...]]:
     """Head -> the spaces whose candidates the objective needs that head to score."""
     if isinstance(objective, MultiClass | ExpectedL0):
         return {}  # impressions are scored as pool items; gates score nothing
-    spaces = objective.space + (objective.winners if isinstance(objective, AdaptiveContrastive) else ())
-    heads = [objective.head, *([objective.teacher] if isinstance(objective, Distillation) else [])]
+    spaces = objective.space
+    if isinstance(objective, AdaptiveContrastive | Pairwise):
+        spaces += objective.winners
+    heads = [objective.head, *([objective.teacher] if isinstance(objective, Distillation | Imitation) else [])]
     return dict.fromkeys(heads, spaces)
 
 
@@ -150,6 +187,14 @@ def space_mask(tokens: Sequence[str], batch: Batch, tasks: Tensor) -> Tensor:
     return mask
 
 
+def priorities(batch: Batch, tasks: Tensor) -> Tensor:
+    """FS-LTR's order of candidates for each of the `tasks` (indices), the highest that applies: int64 [N, T]."""
+    found = torch.zeros_like(batch.stages)
+    for level, flags in enumerate(PRIORITY):
+        found = torch.where((batch.stages & int(flags)) != 0, level, found)
+    return torch.where(batch.positive[:, tasks], len(PRIORITY), found[:, None])
+
+
 def compute(objective: Objective, outputs: Outputs, batch: Batch, task_names: Sequence[str]) -> LossTerm:
     """The objective's loss and count per task, float32 [T'], in the order of its tasks (or of all tasks)."""
     head = outputs[objective.head]
@@ -171,6 +216,10 @@ def compute(objective: Objective, outputs: Outputs, batch: Batch, task_names: Se
             return losses.distillation(
                 head.logits[:, tasks], teacher.logits[:, tasks], temperature=objective.temperature, mask=mask
             )
+        case Pairwise():
+            return _pairwise(objective, head, batch, tasks)
+        case Imitation():
+            return _imitation(objective, head, outputs[objective.teacher], batch, tasks)
         case AdaptiveContrastive():
             assert head.features is not None
             return losses.adaptive_contrastive(
@@ -183,6 +232,28 @@ def compute(objective: Objective, outputs: Outputs, batch: Batch, task_names: Se
                 delta=objective.delta,
                 adaptive=objective.adaptive,
             )
+
+
+def _pairwise(objective: Pairwise, head: HeadOutput, batch: Batch, tasks: Tensor) -> LossTerm:
+    known = head.computed[:, None]
+    weight = torch.ones_like(batch.weight[:, tasks])
+    for token, value in objective.winner_weights.items():
+        weight = torch.where(space_mask([token], batch, tasks), value, weight)
+    return losses.pairwise(
+        head.logits[:, tasks],
+        priorities(batch, tasks),
+        batch.offsets,
+        winner=space_mask(objective.winners or objective.space, batch, tasks) & known,
+        loser=space_mask(objective.space, batch, tasks) & known,
+        weight=weight,
+    )
+
+
+def _imitation(objective: Imitation, head: HeadOutput, teacher: HeadOutput, batch: Batch, tasks: Tensor) -> LossTerm:
+    inside = stage_mask(objective.space, batch.stages) & head.computed & teacher.computed
+    offsets = torch.nn.functional.pad(inside.cumsum(0), (1, 0))[batch.offsets]
+    loss = {"list_net": losses.list_net, "list_mle": losses.list_mle, "soft_pairwise": losses.soft_pairwise}
+    return loss[objective.loss](head.logits[inside][:, tasks], teacher.logits[inside][:, tasks], offsets)
 
 
 def _multi_class(objective: MultiClass, head: HeadOutput, batch: Batch, tasks: Tensor) -> LossTerm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from types import SimpleNamespace
 
@@ -16,9 +17,12 @@ from joint.objectives import (
     Binary,
     Distillation,
     ExpectedL0,
+    Imitation,
     MultiClass,
+    Pairwise,
     compute,
     head_spaces,
+    priorities,
     space_mask,
 )
 from joint.outputs import HeadOutput
@@ -220,6 +224,56 @@ def test_adaptive_contrastive_sets_winners_against_the_space():
         batch.offsets,
     )
     close(adaptive, weighted)
+
+
+def pairs_by_hand(s, priority, winners, losers, weight=None):
+    """Total and count over the pairs of one request."""
+    pairs = [(i, j) for i in winners for j in losers if priority[i] > priority[j]]
+    return sum((weight or {}).get(i, 1.0) * torch.nn.functional.softplus(s[j] - s[i]) for i, j in pairs), len(pairs)
+
+
+def test_pairs_follow_the_priorities_of_fs_ltr():
+    batch, heads = batch_of(), outputs_of()
+    s = heads["pre_ranking"].logits
+    assert priorities(batch, torch.tensor([0, 1])).T.tolist() == [[6, 5, 5, 3, 0, 1, 6], [6, 5, 5, 3, 0, 1, 5]]
+    objective = Pairwise(head="pre_ranking", space=("exposed", "ranked", "random", "prerank_neg"))
+    term = compute(objective, heads, batch, TASKS)
+    first, second = {"click": [0, 1, 3], "like": [0, 1, 2, 3]}, [4, 5, 6]  # a click on 2 is not known
+    for index, task in enumerate(TASKS):
+        p = priorities(batch, torch.tensor([index]))[:, 0].tolist()
+        by_hand = [pairs_by_hand(s[:, index], p, own, own) for own in (first[task], second)]
+        torch.testing.assert_close(term.total[index], sum(total for total, _ in by_hand))
+        assert term.count[index] == sum(count for _, count in by_hand)
+
+
+def test_winners_losers_and_the_weights_of_winners():
+    batch, heads = batch_of(), outputs_of()
+    s, p = heads["ranking"].logits[:, 1], [6, 5, 5, 3, 0, 1, 5]
+    rank = Pairwise(head="ranking", space=("ranked", "prerank_neg"), winners=("positive",), tasks=("like",))
+    term = compute(rank, heads, batch, TASKS)
+    torch.testing.assert_close(term.total[0], pairs_by_hand(s, p, [0], [3])[0])
+    assert term.count.tolist() == [1]
+    weights = {"exposed": 0.5, "positive": 2.0}
+    term = compute(dataclasses.replace(rank, winners=("exposed",), winner_weights=weights), heads, batch, TASKS)
+    expected = [
+        pairs_by_hand(s, p, w, lost, {0: 2.0, 1: 0.5, 2: 0.5, 6: 0.5}) for w, lost in (([0, 1, 2], [3]), ([6], [5]))
+    ]
+    torch.testing.assert_close(term.total[0], sum(total for total, _ in expected))
+    assert term.count.tolist() == [4]
+
+
+@pytest.mark.parametrize("loss", ["list_net", "list_mle", "soft_pairwise"])
+def test_imitation_orders_the_space_as_the_teacher_does(loss):
+    batch = batch_of()
+    heads = outputs_of(computed=torch.tensor([1, 1, 0, 1, 1, 1, 1], dtype=torch.bool))
+    objective = Imitation(loss=loss, head="pre_ranking", space=("exposed", "prerank_neg"), tasks=("like",))
+    term = compute(objective, heads, batch, TASKS)
+    inside, offsets = [0, 1, 5, 6], torch.tensor([0, 2, 4])  # the teacher has not scored 2
+    student, teacher = heads["pre_ranking"].logits[inside, 1], heads["ranking"].logits[inside, 1]
+    expected = getattr(losses, loss)(student, teacher, offsets)
+    close(term, losses.LossTerm(expected.total.unsqueeze(0), expected.count.unsqueeze(0)))
+    term.total.sum().backward()
+    assert heads["ranking"].logits.grad is None
 
 
 def test_which_head_has_to_score_what():
