@@ -39,10 +39,12 @@ class Batch(Pipelineable):
     request_id: Tensor  # [R]
     group: Tensor  # [R]
     head_rows: dict[str, Tensor]  # head -> the candidates it has to score, ascending
-    pool_item: Tensor  # [P] item index; -1 pads the last rank's slice
+    pool_item: Tensor  # [P] item index; -1 is padding
     pool_open: Tensor  # [P] bool: an item that has joined the pool by the day of these requests
-    column: Tensor  # [N] each candidate's place in the corpus of all ranks; -1: not in the pool
-    excluded: Tensor  # [E, 2] (request, column) that are not eligible
+    pool_in_batch: Tensor  # [P] bool: an impression of these requests, not a shared random item or one of the corpus
+    pool_sampled: bool  # impressions and random items, of any order and number; else this rank's slice of the corpus
+    column: Tensor  # [N] each candidate's place in the corpus of all ranks; -1: not in it
+    excluded: Tensor  # [E, 2] (request, item) that are not eligible; of a corpus (request, column)
     requests: int  # real ones: 0 on a rank that has run out, else R
     unknown: int  # ids that fell outside their table and became 0
     position: Position  # of the batch that follows this one

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from joint.ranks import order_within, positions
+from joint.data.planted.truth import LIST, Truth
+from joint.data.ragged import Ragged
+from joint.data.requests import Requests
+from joint.metrics import PerRequest
+from joint.ranks import order_within, positions, request_sums
 
 
 def top_k(scores: Tensor, offsets: Tensor, k: int) -> Tensor:
@@ -28,3 +33,38 @@ def funnel(scores: Mapping[str, Tensor], quotas: Mapping[str, int], offsets: Ten
     for head, quota in quotas.items():
         alive = alive & top_k(scores[head].where(alive, -torch.inf), offsets, quota)
         yield head, alive
+
+
+def true_rewards(
+    truth: Truth, requests: Requests, items: Ragged, lists: Mapping[str, Tensor]
+) -> Iterator[tuple[str, PerRequest]]:
+    """What the lists served to fresh requests of a planted world are worth: `NAME/true_reward@10`.
+
+    The expected true reward per place of the list, an empty place being worth nothing: the primary endpoint.
+
+    Args:
+        items: candidates of each request, of which `lists` mark the (at most ten) that are served, bool `[N]`.
+    """
+    worth = torch.from_numpy(truth.reward(requests, items))
+    one = torch.ones(len(requests))
+    for name, served in lists.items():
+        total = request_sums(worth.where(served.cpu(), 0), torch.from_numpy(items.offsets))
+        yield f"{name}/true_reward@{LIST}", PerRequest.of(total / LIST, one)
+
+
+def true_favourites(
+    truth: Truth, requests: Requests, items: Ragged, eligible: np.ndarray, stages: Mapping[str, Tensor]
+) -> Iterator[tuple[str, PerRequest]]:
+    """How many of the ten items of most true worth survive each stage: `funnel/HEAD/true_favourites`.
+
+    Args:
+        eligible: bool `[R, items of the catalogue]`.
+        stages: head -> its survivors among `items`, bool `[N]`.
+    """
+    best = truth.best(requests, LIST, eligible)
+    size = eligible.shape[1]
+    favourite = np.isin(items.rows * size + items.values, best.rows * size + best.values)
+    offsets, wanted = torch.from_numpy(items.offsets), torch.from_numpy(best.lengths)
+    for head, alive in stages.items():
+        left = request_sums(torch.from_numpy(favourite) & alive.cpu(), offsets)
+        yield f"funnel/{head}/true_favourites", PerRequest.of(left, wanted)

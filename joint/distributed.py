@@ -75,6 +75,18 @@ def gather_rows(rows: Tensor) -> Tensor:
     return rows if world_size() == 1 else _GatherRows.apply(rows)
 
 
+def gather_uneven(rows: Tensor) -> Tensor:
+    """`gather_rows` where ranks may give different numbers of rows."""
+    if world_size() == 1:
+        return rows
+    sizes = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
+    lengths = [int(size) for size in sizes]
+    padding = rows.new_zeros(max(lengths) - len(rows), *rows.shape[1:])
+    whole = gather_rows(torch.cat([rows, padding])).unflatten(0, (world_size(), max(lengths)))
+    return torch.cat([part[:length] for part, length in zip(whole, lengths, strict=True)])
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
@@ -121,7 +133,8 @@ def shard(module: nn.Module, sharding: dict[str, str], *, device: torch.device) 
 def _check_rows(table: str, rows: int) -> None:
     block = -(-rows // world_size())
     if block * (world_size() - 1) >= rows:
-        raise ConfigError(f"tables.{table}.sharding: {rows} rows leave a rank of {world_size()} empty; use table_wise")
+        space = table.partition("@")[0]
+        raise ConfigError(f"tables.{space}.sharding: {rows} rows leave a rank of {world_size()} empty; use table_wise")
 
 
 def initialise_tables(model: DistributedModelParallel, ranges: dict[str, float], seed: int) -> None:

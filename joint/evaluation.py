@@ -16,10 +16,11 @@ from torchrec.distributed import DistributedModelParallel
 
 from joint import metrics
 from joint.batch import Batch
-from joint.cascade import funnel
+from joint.cascade import funnel, top_k, true_favourites, true_rewards
 from joint.data.assemble import Assembler, logged, positives
-from joint.data.loader import NO_POOL
 from joint.data.order import Position
+from joint.data.planted.truth import LIST, open_truth
+from joint.data.pool import NO_POOL, PoolItems
 from joint.data.ragged import Ragged
 from joint.data.requests import Requests
 from joint.data.sampling import Candidates, unlabelled
@@ -60,6 +61,7 @@ class Evaluator:
         self.tasks = list(self.config.tasks)
         self.items = assembler.dataset.schema.items
         self.eligibility = assembler.eligibility
+        self.truth = open_truth(assembler.dataset.directory)  # of a planted world only
 
     @torch.no_grad()
     def __call__(self, split: str, *, whole_catalogue: bool) -> Measured:
@@ -72,7 +74,10 @@ class Evaluator:
             batch, outputs = self._run(requests, candidates, self.heads, with_corpus=corpus is None)
             found = logged_metrics(self.config, self.assembler.dataset.schema, batch, outputs)
             if "retrieval" in self.heads:
-                corpus = outputs["retrieval"].corpus[: len(self.eligibility.corpus)] if corpus is None else corpus  # type: ignore[index]
+                if corpus is None:
+                    pool = outputs["retrieval"].pool
+                    assert pool is not None
+                    corpus = pool.vectors[: len(self.eligibility.corpus)]
                 found |= self._retrieval(requests, candidates, outputs["retrieval"], corpus)
             if whole_catalogue:
                 found |= self._whole_catalogue(requests, candidates)
@@ -80,7 +85,12 @@ class Evaluator:
                 self._add(states, found)
                 for name in (name for name in KEPT if name in requests.columns):
                     seen.setdefault(name, []).append(requests.scalars(name))
-        return _measured(states, seen)
+        measured = _measured(states, seen)
+        for name, value in self.truth.ceilings.items() if self.truth else ():
+            part, _, whose = name.partition("/")
+            if part == split:
+                measured.numbers[f"baselines/{whose}/true_reward@{LIST}"] = value
+        return measured
 
     def full(self, split: str) -> Measured:
         """Every metric, those that cost most too: the whole catalogue scored by all heads that the config names for
@@ -104,7 +114,7 @@ class Evaluator:
         self, requests: Requests, candidates: Candidates, scoring: Collection[str], *, with_corpus: bool = False
     ) -> tuple[Batch, Outputs]:
         """The outputs of the `scoring` heads on every candidate, and of the pool where it is wanted."""
-        pool = self.eligibility.slice(rank(), world_size()) if with_corpus else NO_POOL
+        pool = PoolItems.corpus(self.eligibility.slice(rank(), world_size())) if with_corpus else NO_POOL
         if len(requests):
             batch = self.assembler(requests, candidates, pool, position=Position(), scoring=scoring)
         else:
@@ -153,7 +163,16 @@ class Evaluator:
         relevant = torch.from_numpy(self._is_relevant(items, candidates)).to(self.device)
         wanted = np.bincount(self._relevant(candidates)[0], minlength=len(requests))
         found: dict[str, State] = {}
-        for head, alive in funnel(scores, self.config.evaluation.quotas, batch.offsets):
+        stages = dict(funnel(scores, self.config.evaluation.quotas, batch.offsets))
+        if self.truth is not None and len(requests):
+            lists = {head: top_k(score, batch.offsets, LIST) for head, score in scores.items()}
+            last, alive = list(stages.items())[-1]
+            lists["funnel"] = alive & top_k(scores[last].where(alive, -torch.inf), batch.offsets, LIST)
+            found |= dict(true_rewards(self.truth, requests, items, lists))
+            everything = np.zeros((len(requests), self.items), bool)
+            everything[:, self.eligibility.corpus] = free
+            found |= dict(true_favourites(self.truth, requests, items, everything, stages))
+        for head, alive in stages.items():
             quota = self.config.evaluation.quotas[head]
             left = request_sums(alive & relevant, batch.offsets)[: len(requests)]
             found[f"funnel/{head}/recall@{quota}"] = PerRequest.of(left, torch.from_numpy(wanted))

@@ -47,11 +47,13 @@ class Data:
     epochs: int = 1
     shards: int = 8  # virtual shards a day is dealt into: a multiple of every world size to be used
     candidates: dict[str, Quota]  # stage -> how many of a request's candidates, 'all', or random draws
+    shared_random: int = 0  # random items of a batch that softmaxes over space `random` set all its requests against
     pool: str = ""  # the part of the catalogue that is recommended from; '' is all of it
     not_eligible: tuple[str, ...] = ()  # histories whose items are never recommended again
 
     def __post_init__(self) -> None:
         _at_least(1, requests_per_batch=self.requests_per_batch, shards=self.shards, epochs=self.epochs)
+        _at_least(0, shared_random=self.shared_random)
         if self.requests_per_batch % self.shards:
             raise ValueError(f"requests_per_batch {self.requests_per_batch} is not a multiple of shards {self.shards}")
         for stage, quota in self.candidates.items():
@@ -74,6 +76,8 @@ class Task:
 
     def __post_init__(self) -> None:
         _at_least(-math.inf, at_least=self.at_least)
+        if self.kind == "weighted" and self.at_least <= 0:
+            raise ValueError(f"at_least must be above 0 for a weighted task, found {self.at_least}")
         _at_least(0, **({} if self.matures_after is None else {"matures_after": self.matures_after}))
 
 

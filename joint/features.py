@@ -95,10 +95,11 @@ class Plan:
             lengths[reader.history] = max(reader.length, lengths.get(reader.history, 0))
         return lengths
 
-    @property
-    def uses_corpus(self) -> bool:
-        """Whether training scores the corpus."""
-        return any(isinstance(objective, MultiClass) for objective in self.config.objectives.values())
+    @cached_property
+    def pool_spaces(self) -> frozenset[str]:
+        """The spaces that softmaxes of training are over: `corpus`, or some of `in_batch` and `random`."""
+        objectives = self.config.objectives.values()
+        return frozenset(token for o in objectives if isinstance(o, MultiClass) for token in o.space)
 
     @cached_property
     def crosses(self) -> dict[str, Cross]:
@@ -153,7 +154,8 @@ class Plan:
         level, owner = "request" if side == "request" else "item", self.owner(head)
         known = {feature.name: feature for feature in self.schema.features if feature.level == level}
         names = heads_of(self.config)[head].features
-        keys = [Key(side, known[name], owner=owner) for name in names if name in known]
+        found = [known[name] for name in names if name in known]
+        keys = [Key(side, f, owner=owner if f.kind in ("id", "ids") else "") for f in found]
         if side == "candidate":
             keys += [Key("cross", Feature(name=n, level="item", kind="float")) for n in names if n in self.crosses]
         return tuple(keys)

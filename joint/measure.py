@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from joint import checkpoint
-from joint.config import check_against
 from joint.data.assemble import Assembler
 from joint.data.dataset import Dataset
 from joint.distributed import process_group, rank
 from joint.errors import CheckpointError, ConfigError
 from joint.evaluation import Evaluator, evaluator_of
 from joint.features import Plan
+from joint.fit import check_against
 from joint.run import RunDirectory, write_metrics
 from joint.summary import table
 from joint.task import build_task

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from joint.batch import Batch
-from joint.distributed import gather_rows
 from joint.encoding import HistoryEncoder, Rows
 from joint.experiment import heads_of
 from joint.features import HeadSide, Plan
 from joint.outputs import HeadOutput, Outputs
+from joint.pool import StreamingFrequency, corpus_pool, sampled_pool
 from towers.embeddings import segment_mean
 from towers.mixtures import expected_l0, routing
 from towers.pre_ranking import PreRanking, build_pre_ranking
@@ -28,6 +28,7 @@ class JointModel(nn.Module):
         self.encoders = nn.ModuleDict({name: HistoryEncoder(reading, plan) for name, reading in plan.readings.items()})
         self.heads = nn.ModuleDict({name: self._build(name, head) for name, head in heads_of(config).items()})
         self.reads_only = frozenset(config.sharing.stop_gradient)
+        self.frequency = StreamingFrequency(plan.schema.items) if plan.pool_spaces - {"corpus"} else None
 
     def _build(self, name: str, head: Retrieval | PreRanking | Ranking) -> nn.Module:
         tasks, seed = len(self.plan.config.tasks), self.plan.config.run.seed
@@ -65,10 +66,13 @@ class JointModel(nn.Module):
             case RetrievalHead():
                 user = head.user_vectors(request)
                 output = self._scattered(head.logits(user, head.item_vectors(item), row), chosen, batch)
-                corpus = gather_rows(head.item_vectors(torch.cat(self._plain(name, "pool", own), dim=1)))
-                available = gather_rows(batch.pool_open)
-                output.user, output.corpus = user, corpus
-                output.corpus_log_q = torch.where(available, 0.0, torch.inf)
+                vectors = head.item_vectors(torch.cat(self._plain(name, "pool", own), dim=1))
+                output.user = user
+                if batch.pool_sampled:
+                    assert self.frequency is not None
+                    output.pool = sampled_pool(vectors, batch, self.frequency, self.plan.config.data.shared_random)
+                else:
+                    output.pool = corpus_pool(vectors, batch)
             case RankingHead():
                 attended = self._attended(name, own, rows, batch, chosen)
                 output = self._scattered(head(request, torch.cat([item, *attended], dim=1), row), chosen, batch)

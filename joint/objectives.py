@@ -15,7 +15,7 @@ from torch import Tensor
 
 import losses
 from joint.batch import Batch
-from joint.outputs import HeadOutput, Outputs
+from joint.outputs import HeadOutput, Outputs, Pool
 from joint.schema import EXPOSED_TOKENS, STAGES, Stage
 from losses import LossTerm
 from losses.term import check_positive
@@ -76,17 +76,26 @@ class Distillation(_Common):
 
 @dataclass(frozen=True, kw_only=True)
 class MultiClass(_Common):
-    """Softmax over the corpus for every impression (RRA 3): positives weigh 1, merely shown ones `shown_weight`.
+    """Softmax over a pool of items for every impression (RRA 3): positives weigh 1, merely shown ones `shown_weight`.
 
     For a task of kind `weighted` positives weigh their value, and merely shown ones nothing (RRA 4).
+
+    The space is the `corpus`, or of a batch the impressions (`in_batch`), shared `random` items or both. With
+    impressions, `log_q` takes the log of an item's chance to be in the batch off its logit (Yi et al., RecSys'19; both:
+    Yang et al., WWW'20). `hard` [a, b]: of the corpus only the items that the head itself ranks a .. b - 1 for the
+    request, counted from 0 (RRA Table 4).
     """
 
     loss: Literal["multi_class"] = "multi_class"
     shown_weight: float = 0.5
+    log_q: bool = True
+    hard: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_not_negative(shown_weight=self.shown_weight)
+        if self.hard and not 0 <= self.hard[0] < self.hard[1]:
+            raise ValueError(f"hard is {list(self.hard)}, expected two ranks, the first smaller")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,21 +271,67 @@ def _multi_class(objective: MultiClass, head: HeadOutput, batch: Batch, tasks: T
     A weighted task's positives weigh their value and what was merely shown nothing (RRA Eq 4).
     """
     assert head.user is not None
-    assert head.corpus is not None
-    terms = []
+    assert head.pool is not None
+    pool, terms = head.pool, []
     shown = objective.shown_weight * ~batch.weighted
     for task in tasks.tolist():
-        seen = stage_mask(("exposed",), batch.stages) & batch.observed[:, task] & (batch.column >= 0)
+        seen = stage_mask(("exposed",), batch.stages) & batch.observed[:, task] & (pool.target >= 0)
         candidate = seen.nonzero().flatten()
+        row, target = batch.row[candidate], pool.target[candidate]
+        weight = batch.weight[candidate, task].where(batch.positive[candidate, task], shown[task])
+        user = head.user[:, task]
+        if objective.hard or objective.space == ("random",):
+            negatives = _hardest(user, pool, *objective.hard) if objective.hard else _drawn(user, pool)
+            terms.append(_against(user, pool, row, target, *negatives, weight))
+            continue
         terms.append(
             losses.multi_class_vectors(
-                head.user[:, task],
-                head.corpus,
-                batch.row[candidate],
-                batch.column[candidate],
-                sample_weight=batch.weight[candidate, task].where(batch.positive[candidate, task], shown[task]),
-                log_q=head.corpus_log_q,
-                excluded=batch.excluded,
+                user,
+                pool.vectors,
+                row,
+                target,
+                sample_weight=weight,
+                log_q=_column_rates(objective, pool),
+                excluded=pool.excluded,
             )
         )
     return LossTerm(torch.stack([t.total for t in terms]), torch.stack([t.count for t in terms]))
+
+
+def _column_rates(objective: MultiClass, pool: Pool) -> Tensor:
+    """The log_q of the pool's columns for an objective: +inf outside of its space, 0 inside if it takes none off."""
+    log_q = pool.log_q["mixed" if len(objective.space) > 1 else objective.space[0]]
+    return log_q if objective.log_q else torch.where(log_q < torch.inf, 0.0, torch.inf)
+
+
+def _hardest(user: Tensor, pool: Pool, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """The columns that each request's own ranking of the corpus has at the ranks `first` .. `last` - 1, `[R, K]`.
+
+    Their logits, and which columns they are; -1 where a request has no such column.
+    """
+    with torch.no_grad():
+        scores = user @ pool.vectors.T - pool.log_q["corpus"]
+        scores[pool.excluded[:, 0], pool.excluded[:, 1]] = -torch.inf
+        best = scores.topk(min(last, scores.shape[1]), dim=1)
+        column = best.indices[:, first:].where(best.values[:, first:] > -torch.inf, -1)
+    return (user.unsqueeze(1) @ pool.vectors[column].mT).squeeze(1), column
+
+
+def _drawn(user: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
+    """The random columns, the same for every request: logits and columns `[R, K]`, -1 where it is not eligible."""
+    drawn = (pool.log_q["random"] < torch.inf).nonzero().flatten()
+    eligible = torch.ones(len(user), len(pool.vectors), dtype=torch.bool, device=user.device)
+    eligible[pool.excluded[:, 0], pool.excluded[:, 1]] = False
+    return user @ pool.vectors[drawn].T, drawn.expand(len(user), -1).where(eligible[:, drawn], -1)
+
+
+def _against(
+    user: Tensor, pool: Pool, row: Tensor, target: Tensor, logits: Tensor, columns: Tensor, weight: Tensor
+) -> LossTerm:
+    """Each impression's own column against its request's `columns [R, K]`, of `logits [R, K]`."""
+    own = (user[row] * pool.vectors[target]).sum(1, keepdim=True)
+    others = columns[row]
+    real = (others >= 0) & (others != target.unsqueeze(1))
+    mask = torch.cat([real.new_ones(len(row), 1), real], dim=1)
+    logits = torch.cat([own, logits[row]], dim=1)
+    return losses.multi_class(logits, torch.zeros_like(target), sample_weight=weight, mask=mask)

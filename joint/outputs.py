@@ -8,6 +8,20 @@ from torch import Tensor
 
 
 @dataclass
+class Pool:
+    """All ranks' pool items as columns, each item at most once where it was sampled.
+
+    `log_q [C]`: the log of a column's chance to be here, by space; +inf leaves a column out (padding, an item of a
+    later day, one that the space does not hold).
+    """
+
+    vectors: Tensor  # [C, D]
+    target: Tensor  # [N] the column of each candidate, -1: none
+    excluded: Tensor  # [E, 2] (request, column) that are not eligible
+    log_q: dict[str, Tensor]
+
+
+@dataclass
 class HeadOutput:
     """One head's scores and the representations that losses need."""
 
@@ -15,8 +29,7 @@ class HeadOutput:
     computed: Tensor  # [N] bool
     features: Tensor | None = None  # [N, F] what adaptive negative weights compare: the (gated) item side
     user: Tensor | None = None  # retrieval: [R, T, D], the temperature folded in
-    corpus: Tensor | None = None  # retrieval: [C', D], all ranks' pool items in order
-    corpus_log_q: Tensor | None = None  # [C'], inf on padding and on items of later days
+    pool: Pool | None = None  # retrieval: what its softmax is over
     expected_l0: Tensor | None = None  # []: the expected number of open gates, of a head with SNR trunks
 
 

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from joint import baselines, metrics
-from joint.data.assemble import logged, positives
+from joint.data.assemble import known_in_time, logged, positives
 from joint.data.dataset import Dataset
 from joint.data.eligibility import Eligibility
+from joint.data.loader import latest_known
 from joint.data.ragged import Ragged
 from joint.data.requests import Requests, concatenate_requests
 from joint.experiment import Config
@@ -24,6 +25,8 @@ def baseline_metrics(config: Config, dataset: Dataset, split: str) -> dict[str, 
     before = concatenate_requests([dataset.read_split(part) for part in config.data.train])
     requests = dataset.read_split(split)
     task = config.evaluation.task
+    in_time = known_in_time(before, config.tasks, latest_known(config, dataset.schema))
+    before = before.take(np.flatnonzero(in_time[:, list(config.tasks).index(task)]))
     row, item, positive = _impressions(before, config, dataset)
     user = torch.tensor(before.scalars(USER))[row]
     fitted = user[positive], item[positive], dataset.schema.items

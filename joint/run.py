@@ -29,6 +29,9 @@ from joint.experiment import Config, Run
 from joint.schema import Schema
 
 
+MOST_SAID = 10  # keys that a message names
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     """The names of a run's files; nothing else joins their paths."""
@@ -116,7 +119,7 @@ def open_run(config: Config, schema: Schema) -> RunDirectory:
         before, _ = run.load_config()
         differing = settings.differences(_without_places(before), _without_places(config))
         if differing:
-            found = "; ".join(differing)
+            found = "; ".join(differing[:MOST_SAID]) + ("; …" if len(differing) > MOST_SAID else "")
             raise CheckpointError(f"{run.path}: made by another config; choose another run.name. Differing: {found}")
         run.check_dataset(schema)
     return run

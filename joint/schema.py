@@ -41,7 +41,7 @@ GROUPS = {
 }
 STAGES = {stage.name.lower(): stage for stage in Stage if stage.name} | GROUPS
 EXPOSED_TOKENS = ("exposed", "positive", "exposed_neg")
-POOL_TOKENS = ("corpus",)
+POOL_TOKENS = ("corpus", "in_batch")  # `random` is one too, where a softmax is over it
 SPACE_TOKENS = (*EXPOSED_TOKENS, *POOL_TOKENS, *(name for name in STAGES if name != "exposed"))
 
 

@@ -10,6 +10,7 @@ from torchrec.distributed import DistributedModelParallel
 from joint.checkpoint import Progress
 from joint.cost import Cost
 from joint.data.dataset import Dataset
+from joint.data.planted.truth import LIST
 from joint.distributed import world_size
 from joint.experiment import Config, heads_of
 from joint.features import Plan
@@ -63,7 +64,10 @@ def table(config: Config, found: Mapping[str, float]) -> str:
     """Heads, funnel and baselines by recall, AUC and reverse rate; then the funnel, stage by stage."""
     baselines = dict.fromkeys("/".join(name.split("/")[:2]) for name in found if name.startswith("baselines/"))
     columns = (
-        [f"recall@{k}" for k in config.evaluation.k] + [f"auc/{task}" for task in config.tasks] + ["reverse_rate/fused"]
+        [f"true_reward@{LIST}"]
+        + [f"recall@{k}" for k in config.evaluation.k]
+        + [f"auc/{task}" for task in config.tasks]
+        + ["reverse_rate/fused"]
     )
     aliases = {
         "retrieval/reverse_rate/fused": "alignment/retrieval_reverse_rate/fused",

@@ -20,8 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     check_versions()
     # Imported only now: with a wrong combination of versions these imports fail, and less clearly.
-    from joint.config import check_against, load_config
+    from joint.config import load_config
     from joint.data.dataset import Dataset
+    from joint.fit import check_against
     from joint.training import train
 
     config, tree = load_config(parsed.config, parsed.overrides)

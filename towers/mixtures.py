@@ -358,9 +358,15 @@ def _gates(module: nn.Module) -> dict[str, HardConcrete]:
 
 
 def set_step(module: nn.Module, step: int) -> None:
-    """Tell every hard-concrete gate inside `module` its name there and the training step, before its forward."""
-    for name, gate in _gates(module).items():
-        gate.name, gate.step = name, step
+    """Tell every module inside `module` that goes by steps (it has a `step`) which one the next forward is of.
+
+    A hard-concrete gate also learns its name, from which it draws.
+    """
+    for name, part in module.named_modules():
+        if hasattr(part, "step"):
+            part.step = step
+        if isinstance(part, HardConcrete):
+            part.name = name
 
 
 def expected_l0(module: nn.Module) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property, partial
 
 import numpy as np
@@ -15,6 +15,7 @@ from joint.data.columns import Columns
 from joint.data.dataset import Dataset
 from joint.data.eligibility import Eligibility
 from joint.data.order import Position
+from joint.data.pool import PoolItems
 from joint.data.ragged import Ragged
 from joint.data.requests import Requests
 from joint.data.sampling import Candidates
@@ -22,6 +23,8 @@ from joint.experiment import Task
 from joint.features import Key, Plan
 from joint.objectives import head_spaces, stage_mask
 from joint.schema import Stage, table_rows
+
+NO_LIMIT: Mapping[str, float] = {}
 
 
 class Assembler:
@@ -38,20 +41,22 @@ class Assembler:
         self,
         requests: Requests,
         candidates: Candidates,
-        pool: np.ndarray,
+        pool: PoolItems,
         *,
         position: Position,
         scoring: Collection[str] | None = None,
+        latest: Mapping[str, float] = NO_LIMIT,
     ) -> Batch:
         """The batch of these requests.
 
         Args:
-            pool: item indices of this rank's slice of the corpus, -1 for padding.
+            pool: what a softmax is over: this rank's slice of the corpus, or a sample.
             position: of the batch that follows.
             scoring: heads that score every candidate while the others score none (evaluation); None: every head
                 scores those that its objectives need.
+            latest: task -> the latest request (UNIX seconds) whose feedback was known in time (training).
         """
-        columns = Columns(self.plan, self.dataset, requests, candidates.items, pool)
+        columns = Columns(self.plan, self.dataset, requests, candidates.items, pool.items)
         unknown = 0
         values: dict[Key, Ragged] = {}
         inner: dict[str, Tensor] = {}
@@ -70,8 +75,11 @@ class Assembler:
         stages = torch.from_numpy(candidates.stages.astype(np.int64))
         items = candidates.items.values.astype(np.int64)
         # A batch is of one day.
-        is_open = partial(self.eligibility.is_open, day=int(requests.scalars("day")[-1]))
-        labels, weight, positive, observed = _labels(candidates, list(self.plan.config.tasks.values()))
+        day = requests.scalars("day")
+        assert (day == day[0]).all()
+        is_open = partial(self.eligibility.is_open, day=int(day[0]))
+        known = known_in_time(requests, self.plan.config.tasks, latest)[candidates.items.rows]
+        labels, weight, positive, observed = _labels(candidates, list(self.plan.config.tasks.values()), known)
         return Batch(
             sparse={name: _jagged(keys, values) for name, keys in self.plan.keys_by_width.items()},
             inner=inner,
@@ -93,18 +101,21 @@ class Assembler:
             request_id=torch.from_numpy(requests.scalars("request_id").copy()),
             group=torch.from_numpy(requests.scalars("group").astype(np.int64)),
             head_rows=self._head_rows(stages, scoring),
-            pool_item=torch.from_numpy(pool),
-            pool_open=torch.from_numpy(is_open(pool)),
+            pool_item=torch.from_numpy(pool.items),
+            pool_open=torch.from_numpy(is_open(pool.items)),
+            pool_in_batch=torch.from_numpy(pool.in_batch),
+            pool_sampled=pool.sampled,
             column=torch.from_numpy(np.where(is_open(items), self.eligibility.columns(items), -1)),
-            excluded=self._excluded(requests),
+            excluded=self._excluded(requests, pool),
             requests=len(requests),
             unknown=unknown,
             position=position,
         )
 
-    def empty(self, pool: np.ndarray, *, position: Position) -> Batch:
-        """The batch of a rank that has no requests left: one request, all of its lists empty."""
-        batch = self(self._blank, logged(self._blank, self.dataset), pool, position=position)
+    def empty(self, pool: PoolItems, *, position: Position, day: int = 0) -> Batch:
+        """The batch of a rank that has no requests left: one request of that day, all of its lists empty."""
+        blank = Requests({**self._blank.columns, "day": np.full(1, day, np.int32)})
+        batch = self(blank, logged(blank, self.dataset), pool, position=position)
         batch.requests = 0
         return batch
 
@@ -113,16 +124,18 @@ class Assembler:
         """A request of the dataset with all of its lists emptied."""
         none = np.zeros(1, np.int64)
         request = self.dataset.read(self.dataset.schema.parts[0], [0]).take(none)
+        vectors = {feature.name for feature in self.plan.schema.features if feature.kind == "vector"}
         columns = {
-            name: column.slices(none, none) if isinstance(column, Ragged) else column
+            name: column.slices(none, none) if isinstance(column, Ragged) and name not in vectors else column
             for name, column in request.columns.items()
         }
         return Requests(columns)
 
-    def _excluded(self, requests: Requests) -> Tensor:
+    def _excluded(self, requests: Requests, pool: PoolItems) -> Tensor:
         taken = self.eligibility.taken(requests)
-        pairs = np.stack([taken.rows, self.eligibility.columns(taken.values)], axis=1)
-        return torch.from_numpy(pairs[pairs[:, 1] >= 0])
+        what = taken.values if pool.sampled else self.eligibility.columns(taken.values)
+        pairs = np.stack([taken.rows, what], axis=1)
+        return torch.from_numpy(pairs[what >= 0])
 
     def _head_rows(self, stages: Tensor, scoring: Collection[str] | None) -> dict[str, Tensor]:
         if scoring is not None:
@@ -144,6 +157,12 @@ def _jagged(keys: Sequence[Key], values: dict[Key, Ragged]) -> KeyedJaggedTensor
     )
 
 
+def known_in_time(requests: Requests, tasks: Mapping[str, Task], latest: Mapping[str, float]) -> np.ndarray:
+    """Whether each task's feedback on a request was known in time: bool [R, T]."""
+    limits = np.array([latest.get(name, np.inf) for name in tasks])
+    return requests.scalars("timestamp")[:, None] <= limits
+
+
 def positives(candidates: Candidates, task: Task) -> np.ndarray:
     """Exposures with the task's feedback, bool [N]: what counts as positive everywhere."""
     exposed = (candidates.stages & Stage.EXPOSED) != 0
@@ -151,16 +170,22 @@ def positives(candidates: Candidates, task: Task) -> np.ndarray:
         return exposed & (candidates.labels[task.label] >= task.at_least)
 
 
-def _labels(candidates: Candidates, tasks: Sequence[Task]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Labels in [0, 1], weights of positives, positives and observed, each `[N, T]`."""
+def _labels(
+    candidates: Candidates, tasks: Sequence[Task], in_time: np.ndarray
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Labels in [0, 1], weights of positives, positives and observed, each `[N, T]`.
+
+    Of what was not known `in_time` [N, T] nothing is observed, not even that an unexposed candidate got no feedback:
+    negatives alone would lower a slow task's rate on the last days.
+    """
     exposed = (candidates.stages & Stage.EXPOSED) != 0
     raw = np.stack([candidates.labels[task.label] for task in tasks], axis=1)
-    known = ~np.isnan(raw) & exposed[:, None]
+    known = ~np.isnan(raw) & exposed[:, None] & in_time
     value = np.where(known, raw, 0)
     positive = known & (value >= np.array([task.at_least for task in tasks], np.float32))
     ratio = np.array([task.kind == "ratio" for task in tasks])
     labels = np.where(ratio, value.clip(0, 1), positive).astype(np.float32)
     weighted = np.array([task.kind == "weighted" for task in tasks])
     weight = np.where(weighted & positive, value, 1).astype(np.float32)
-    observed = known | ~exposed[:, None]
+    observed = known | (~exposed[:, None] & in_time)
     return torch.from_numpy(labels), torch.from_numpy(weight), torch.from_numpy(positive), torch.from_numpy(observed)

@@ -73,10 +73,34 @@ class Dataset:
             reason = str(error).splitlines()[0]
             raise DataError(f"{path}: row groups {list(groups)} cannot be read ({reason})") from error
         requests = from_arrow(table)
-        for name in ("candidates", *(history.name for history in self.schema.histories)):
-            _check_items(path, name, requests.lists(name).values, self.schema.items)
+        self._check_lists(path, requests)
         day = np.full(len(requests), day_number(part.day), np.int32)
         return Requests({**requests.columns, "day": day})
+
+    def _check_lists(self, path: Path, requests: Requests) -> None:
+        """Lists that hold items hold items of the catalogue, and parallel lists are equally long."""
+        schema = self.schema
+        _check_items(path, "candidates", requests.lists("candidates").values, schema.items)
+        candidates = requests.lists("candidates").lengths
+        for name in ("stages", *schema.labels):
+            _check_lengths(path, name, requests.lists(name).lengths, candidates, "candidates")
+        for history in schema.histories:
+            past = requests.lists(history.name)
+            _check_items(path, history.name, past.values, schema.items)
+            for name in (f"{history.name}.{event}" for event in history.events):
+                _check_lengths(path, name, requests.lists(name).lengths, past.lengths, history.name)
+            if history.competitors:
+                name = f"{history.name}.competitors"
+                others = requests.lists(name)
+                expected = past.lengths * history.competitors
+                _check_lengths(
+                    path, name, others.lengths, expected, f"{history.competitors} an event of {history.name}"
+                )
+                _check_items(path, name, others.values, schema.items, least=-1)
+        for feature in schema.features:
+            if feature.level == "request" and feature.kind == "vector":
+                lengths = requests.lists(feature.name).lengths
+                _check_lengths(path, feature.name, lengths, np.full_like(lengths, feature.size), "its size")
 
     def read_split(self, split: str) -> Requests:
         """All requests of a split at once, in time order: for evaluation and baselines."""
@@ -95,7 +119,13 @@ class Dataset:
         days = {pool: first_day_column(pool) for pool in ("", *self.schema.pools)}
         _require(path, [*names, *days.values()], table.column_names)
         first_day = {pool: table.column(name).to_numpy().astype(np.int32) for pool, name in days.items()}
-        return dict(from_arrow(table.select(names)).columns), first_day
+        columns = dict(from_arrow(table.select(names)).columns)
+        for feature in self.schema.features:
+            column = columns.get(feature.name)
+            if feature.kind == "vector" and isinstance(column, Ragged):
+                expected = np.full_like(column.lengths, feature.size)
+                _check_lengths(path, feature.name, column.lengths, expected, "its size")
+        return columns, first_day
 
     def _check_part(self, part: Part) -> None:
         path = self.directory / part.path
@@ -116,11 +146,18 @@ def _open(path: Path, reader: Callable[[Path], T]) -> T:
         raise DataError(f"{path}: not a whole Parquet file ({str(error).splitlines()[0]})") from error
 
 
-def _check_items(path: Path, column: str, items: np.ndarray, count: int) -> None:
-    if len(items) and not (items.min() >= 0 and items.max() < count):
+def _check_items(path: Path, column: str, items: np.ndarray, count: int, *, least: int = 0) -> None:
+    if len(items) and not (items.min() >= least and items.max() < count):
         raise DataError(
             f"{path}: column {column} has items {items.min()} to {items.max()}; the catalogue has 0 to {count - 1}"
         )
+
+
+def _check_lengths(path: Path, column: str, lengths: np.ndarray, expected: np.ndarray, like: str) -> None:
+    wrong = np.flatnonzero(lengths != expected)
+    if len(wrong):
+        row = wrong[0]
+        raise DataError(f"{path}: column {column}, row {row}: {lengths[row]} values; expected {expected[row]} ({like})")
 
 
 def _require(path: Path, wanted: Sequence[str], found: Sequence[str]) -> None:

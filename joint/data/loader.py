@@ -8,20 +8,19 @@ import threading
 from collections.abc import Iterator
 from typing import TypeVar
 
-import numpy as np
-
 from joint.batch import Batch
 from joint.data.assemble import Assembler, logged
 from joint.data.order import DayOrder, Position
+from joint.data.pool import NO_POOL, PoolItems, sampled_items, shared_random
 from joint.data.ragged import draw
 from joint.data.requests import Requests, concatenate_requests
 from joint.data.sampling import Candidates, sample_stages, with_random
 from joint.errors import ConfigError
 from joint.experiment import Config
-from joint.schema import Schema
+from joint.schema import Schema, day_number
 
 T = TypeVar("T")
-NO_POOL = np.zeros(0, np.int64)
+SECONDS_A_DAY = 86_400
 
 
 class Loader:
@@ -44,7 +43,8 @@ class Loader:
         self.seed = assembler.plan.config.run.seed
         self.shards = range(rank, data.shards, world_size)
         self.latest = latest_known(assembler.plan.config, assembler.dataset.schema)
-        self.pool = assembler.eligibility.slice(rank, world_size) if assembler.plan.uses_corpus else NO_POOL
+        self.rank, self.world_size = rank, world_size
+        self.corpus = PoolItems.corpus(assembler.eligibility.slice(rank, world_size))
 
     def total_batches(self) -> int:
         """Steps of the whole run; the deal, and with it the number, differs a little from epoch to epoch."""
@@ -80,17 +80,29 @@ class Loader:
                     if batch + 1 == order.batches:
                         following = Position(epoch, day + 1) if day + 1 < len(days) else Position(epoch + 1)
                     present = [share for share in shares if share is not None]
-                    yield self._batch(present, epoch, following)
+                    if not present:
+                        pool = self._pool(None, days[day], epoch, batch)
+                        yield self.assembler.empty(pool, position=following, day=day_number(days[day]))
+                        continue
+                    requests = concatenate_requests(present)
+                    sampled = self._sample(requests, epoch)
+                    pool = self._pool(sampled, days[day], epoch, batch)
+                    yield self.assembler(requests, sampled, pool, position=following, latest=self.latest)
 
-    def _batch(self, shares: list[Requests], epoch: int, following: Position) -> Batch:
-        if not shares:
-            return self.assembler.empty(self.pool, position=following)
-        requests = concatenate_requests(shares)
-        return self.assembler(requests, self._sample(requests, epoch), self.pool, position=following)
+    def _pool(self, candidates: Candidates | None, day: str, epoch: int, batch: int) -> PoolItems:
+        spaces = self.assembler.plan.pool_spaces
+        if spaces <= {"corpus"}:
+            return self.corpus if spaces else NO_POOL
+        number = day_number(day)
+        drawn = shared_random(
+            *(self.assembler.eligibility, self.data.shared_random, self.rank, self.world_size, number),
+            *(self.seed, epoch, number, batch),
+        )
+        return sampled_items(candidates, drawn)
 
     def _sample(self, requests: Requests, epoch: int) -> Candidates:
         keys = draw(self.seed, epoch, requests.scalars("request_id"))
-        candidates = self._known(logged(requests, self.assembler.dataset), requests)
+        candidates = logged(requests, self.assembler.dataset)
         quotas = self.data.candidates
         quota = quotas.get("random", 0)
         chosen = sample_stages(candidates, quotas, keys)
@@ -100,26 +112,20 @@ class Loader:
         drawn = self.assembler.eligibility.random(requests, quota, keys, but=candidates.items)
         return with_random(chosen, drawn)
 
-    def _known(self, candidates: Candidates, requests: Requests) -> Candidates:
-        """With the labels that were not mature in time as not observed."""
-        labels = dict(candidates.labels)
-        for name, latest in self.latest.items():
-            late = (requests.scalars("timestamp") > latest)[candidates.items.rows]
-            labels[name] = np.where(late, np.float32(np.nan), labels[name])
-        return Candidates(candidates.items, candidates.stages, labels)
-
 
 def latest_known(config: Config, schema: Schema) -> dict[str, float]:
-    """Label -> the latest request (UNIX seconds) whose label was known when the first held-out part began.
+    """Task -> the latest request (UNIX seconds) whose label was known when the first held-out part began.
 
-    Only labels that take time to mature are named. Without this, minutes watched on the test days would train.
+    Only tasks whose label takes time to mature are named. Without this, minutes watched on the test days would train.
     """
-    days = schema.matures_after | {
-        task.label: task.matures_after for task in config.tasks.values() if task.matures_after is not None
-    }
     held_out = {config.evaluation.valid, config.evaluation.test} - set(config.data.train)
     begin = min(part.begin for part in schema.parts if part.split in held_out)
-    return {label: begin - 86_400 * wait for label, wait in days.items() if wait}
+    found = {}
+    for name, task in config.tasks.items():
+        days = schema.matures_after.get(task.label, 0.0) if task.matures_after is None else task.matures_after
+        if days:
+            found[name] = begin - SECONDS_A_DAY * days
+    return found
 
 
 def prefetch(iterator: Iterator[T], *, depth: int) -> Iterator[T]:

@@ -7,16 +7,18 @@ import pytest
 import torch
 
 from joint.batch import Batch
-from joint.experiment import HEADS
 from joint.data.assemble import Assembler, logged
 from joint.data.order import Position
+from joint.data.pool import PoolItems
 from joint.data.ragged import Ragged
 from joint.data.requests import Requests
 from joint.data.sampling import Candidates, unlabelled
+from joint.experiment import HEADS
 from joint.schema import Stage, table_rows
 
 MakeAssembler = Callable[..., Assembler]
-POOL = np.array([48, 49, -1, -1])  # the last rank's slice
+POOL = np.array([48, 49, -1, -1])
+POOL_ITEMS = PoolItems.corpus(POOL)  # the last rank's slice
 POSITION = Position(1, 2, 3)
 
 
@@ -31,7 +33,7 @@ def requests(assembler: MakeAssembler) -> Requests:
 
 def build(made: Assembler, requests: Requests, *, all_rows: bool = False) -> Batch:
     candidates = logged(requests, made.dataset)
-    return made(requests, candidates, POOL, position=POSITION, scoring=HEADS if all_rows else None)
+    return made(requests, candidates, POOL_ITEMS, position=POSITION, scoring=HEADS if all_rows else None)
 
 
 def looked_up(batch: Batch) -> dict[str, list[list[int]]]:
@@ -136,7 +138,7 @@ def test_labels_of_each_kind_of_task(assembler: MakeAssembler, requests: Request
         "share": np.array([0.5, 1.7, -0.2, nan, 0.9, nan, nan], np.float32),
     }
     items = Ragged(np.arange(7), np.array([0, 7]))
-    batch = assembler()(requests.take(np.array([4])), Candidates(items, stages, labels), POOL, position=POSITION)
+    batch = assembler()(requests.take(np.array([4])), Candidates(items, stages, labels), POOL_ITEMS, position=POSITION)
     expected = {  # click, minutes >= 5, share clipped; nothing is known of what was not exposed, and it counts as 0
         "labels": [[1, 1, 0.5], [0, 0, 1], [0, 1, 0], [1, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]],
         "positive": [[1, 1, 1], [0, 0, 1], [0, 1, 0], [1, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]],
@@ -200,7 +202,7 @@ def test_excluded_pairs_come_from_all_named_histories(assembler: MakeAssembler, 
 def test_the_whole_catalogue_as_candidates(assembler: MakeAssembler, requests: Requests) -> None:
     made = assembler()
     items = made.eligibility.eligible(requests)
-    batch = made(requests, unlabelled(items, made.dataset.schema.labels), POOL, position=POSITION, scoring=HEADS)
+    batch = made(requests, unlabelled(items, made.dataset.schema.labels), POOL_ITEMS, position=POSITION, scoring=HEADS)
     assert len(batch.item) == made.dataset.schema.items * len(requests) - len(
         {tuple(p) for p in batch.excluded.tolist()}
     )

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from joint.experiment import Data
 from joint.data.eligibility import Eligibility
 from joint.data.ragged import Ragged, draw, offsets_of
 from joint.data.requests import Requests
+from joint.experiment import Data
 from joint.schema import NEVER
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from joint.config import check_against, load_config
+from joint.config import load_config
 from joint.errors import ConfigError
+from joint.fit import check_against
 from joint.run import _without_places
 from joint.settings import decode, differences, dump, read
 

@@ -14,13 +14,14 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from joint import checkpoint
 from joint.batch import Batch
 from joint.config import load_config
-from joint.experiment import HEADS, Config
 from joint.data.assemble import Assembler
 from joint.data.dataset import Dataset
 from joint.data.loader import Loader
 from joint.data.movielens import prepare_movielens
 from joint.data.order import Position
+from joint.data.pool import PoolItems
 from joint.distributed import process_group
+from joint.experiment import HEADS, Config
 from joint.features import Plan
 
 USERS, ITEMS, GENRES = 40, 61, 5
@@ -151,7 +152,13 @@ class Assemble:
         assembler = self.assembler(config)
         chosen = assembler.dataset.read_split("train").take(np.array([3, 20, 60, 90, 125]))
         candidates = Loader(assembler, rank=0, world_size=1)._sample(chosen, 0)
-        return assembler(chosen, candidates, np.arange(ITEMS), position=Position(), scoring=HEADS if all_rows else None)
+        return assembler(
+            chosen,
+            candidates,
+            PoolItems.corpus(np.arange(ITEMS)),
+            position=Position(),
+            scoring=HEADS if all_rows else None,
+        )
 
 
 @pytest.fixture(scope="session")

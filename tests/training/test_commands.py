@@ -94,7 +94,8 @@ def test_torchrun_trains_on_two_ranks_and_one_of_them_speaks(tiny_file, tmp_path
     assert out.count("step      8/8") == 1
     run = tmp_path / "runs" / "tiny"
     assert json.loads((run / "environment.json").read_text())["ranks"] == 2
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 1 + 8 + 1 + 1  # costs, steps, the epoch, the test part
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 1 + 8 + 1 + 1  # costs, steps, the epoch, the test part
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(tiny_file, tmp_path):

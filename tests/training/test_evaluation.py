@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import re
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from joint.cascade import funnel, top_k
-from joint.experiment import Config
 from joint.data.eligibility import Eligibility
 from joint.data.order import Position
+from joint.data.pool import PoolItems
 from joint.data.ragged import Ragged, side_by_side
 from joint.data.sampling import unlabelled
 from joint.evaluation import evaluator_of
+from joint.experiment import Config
 from joint.task import build_task
 
 HEADS = ("retrieval", "pre_ranking", "ranking")
@@ -69,7 +70,7 @@ def measure(configure, group, assemble, tiny_data):
         for number, row in table.iterrows():
             catalogue = unlabelled(Ragged(np.arange(ITEMS), np.array([0, ITEMS])), assembler.dataset.schema.labels)
             one = requests.take(np.array([number]))
-            batch = assembler(one, catalogue, np.arange(ITEMS), position=Position(), scoring=HEADS)
+            batch = assembler(one, catalogue, PoolItems.corpus(np.arange(ITEMS)), position=Position(), scoring=HEADS)
             with torch.no_grad():
                 outputs = model(batch)[1].outputs
             eligible = ~np.isin(np.arange(ITEMS), row["rated"])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from joint.batch import Batch
 from joint.data.order import Position
+from joint.data.pool import PoolItems
 from joint.task import StepOutput, build_task
 from towers.mixtures import set_step
 
@@ -106,9 +107,11 @@ def test_retrieval_logits_and_corpus(run):
     expected = torch.einsum("ntd,nd->nt", user[batch.row], vectors(r.item("candidate", "item_id", "genres")))
     torch.testing.assert_close(head.logits.double(), expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(head.user.double(), user, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(head.corpus.double(), vectors(r.item("pool", "item_id", "genres")), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        head.pool.vectors.double(), vectors(r.item("pool", "item_id", "genres")), atol=1e-4, rtol=1e-4
+    )
     assert batch.pool_item.tolist() == list(range(61))
-    assert not head.corpus_log_q.any()
+    assert not head.pool.log_q["corpus"].any()
 
 
 @pytest.mark.parametrize("kind", ["vector_product", "mlp"])
@@ -215,7 +218,10 @@ def test_a_batch_without_requests_costs_nothing_and_keeps_the_graph(configure, g
     task = build_task(assemble.plan(config), group).train()
     set_step(task, 0)
     reached = []
-    for batch in (assemble(config), assemble.assembler(config).empty(np.arange(61), position=Position())):
+    for batch in (
+        assemble(config),
+        assemble.assembler(config).empty(PoolItems.corpus(np.arange(61)), position=Position()),
+    ):
         task.zero_grad()
         loss, output = task(batch)
         before = {n: p.detach().clone() for n, p in task.named_parameters() if "embeddings" in n}

@@ -25,7 +25,7 @@ from joint.objectives import (
     priorities,
     space_mask,
 )
-from joint.outputs import HeadOutput
+from joint.outputs import HeadOutput, Pool
 from joint.schema import STAGES, Stage
 from joint.task import build_task
 from towers.mixtures import set_step
@@ -42,6 +42,7 @@ STAGES_LOGGED = [
     Stage.EXPOSED,
 ]
 POSITIVE = [[1, 1], [0, 0], [0, 0], [0, 0], [0, 0], [0, 0], [1, 0]]
+EXCLUDED = torch.tensor([[0, 4], [1, 0], [1, 1]])  # (request, column)
 OBSERVED = [[1, 1], [1, 1], [0, 1], [1, 1], [1, 1], [1, 1], [1, 1]]
 
 
@@ -58,8 +59,6 @@ def batch_of() -> SimpleNamespace:
         offsets=torch.tensor([0, 4, 7]),
         row=torch.tensor([0, 0, 0, 0, 1, 1, 1]),
         item=torch.tensor([2, 0, 3, 1, 4, 3, 2]) + 10,
-        column=torch.tensor([2, 0, 3, 1, 4, 3, 2]),
-        excluded=torch.tensor([[0, 4], [1, 0], [1, 1]]),
     )
 
 
@@ -74,7 +73,10 @@ def outputs_of(*, computed: Tensor | None = None) -> dict[str, HeadOutput]:
     log_q = torch.tensor([0.0, 0, 0, 0, 0, torch.inf])  # the last is padding
     return {
         "retrieval": HeadOutput(
-            normal(7, 2), everywhere, user=normal(2, 2, 3), corpus=normal(6, 3), corpus_log_q=log_q
+            normal(7, 2),
+            everywhere,
+            user=normal(2, 2, 3),
+            pool=Pool(normal(6, 3), torch.tensor([2, 0, 3, 1, 4, 3, 2]), EXCLUDED, {"corpus": log_q}),
         ),
         "pre_ranking": HeadOutput(normal(7, 2), everywhere, features=normal(7, 4)),
         "ranking": HeadOutput(normal(7, 2), everywhere if computed is None else computed),
@@ -154,12 +156,12 @@ def test_multi_class_is_a_softmax_over_the_eligible_items_of_each_impression():
     batch, heads = batch_of(), outputs_of()
     objective = MultiClass(head="retrieval", space=("corpus",), shown_weight=0.25)
     term = compute(objective, heads, batch, TASKS)
-    user, corpus = heads["retrieval"].user, heads["retrieval"].corpus
+    user, corpus = heads["retrieval"].user, heads["retrieval"].pool.vectors
     excluded = {(0, 4), (1, 0), (1, 1)}
     for index, shown in enumerate([[0, 1, 6], [0, 1, 2, 6]]):
         total = torch.zeros(())
         for n in shown:
-            request, item = int(batch.row[n]), int(batch.column[n])
+            request, item = int(batch.row[n]), int(heads["retrieval"].pool.target[n])
             columns = [c for c in range(5) if (request, c) not in excluded or c == item]  # 5 is padding
             scores = user[request, index] @ corpus[columns].T
             loss = scores.logsumexp(0) - scores[columns.index(item)]
@@ -174,7 +176,7 @@ def test_an_impression_outside_the_pool_is_no_unit_of_a_softmax():
     batch, heads = batch_of(), outputs_of()
     objective = MultiClass(head="retrieval", space=("corpus",))
     whole = compute(objective, heads, batch, TASKS)
-    batch.column[6] = -1
+    heads["retrieval"].pool.target[6] = -1
     without = compute(objective, heads, batch, TASKS)
     assert (whole.count - without.count).tolist() == [1, 1]
 
@@ -188,7 +190,7 @@ def test_a_weighted_task_weighs_its_positives_by_their_value():
     expected = -15 * s[0].sigmoid().log() - sum((-s[n]).sigmoid().log() for n in (1, 2, 6))
     torch.testing.assert_close(term.total[1], expected)
     like = compute(MultiClass(head="retrieval", space=("corpus",), tasks=("like",)), heads, batch, TASKS)
-    user, corpus = heads["retrieval"].user[0, 1], heads["retrieval"].corpus[[0, 1, 2, 3]]  # 4 is not eligible
+    user, corpus = heads["retrieval"].user[0, 1], heads["retrieval"].pool.vectors[[0, 1, 2, 3]]  # 4 is not eligible
     torch.testing.assert_close(like.total[0], -7.5 * (corpus @ user).log_softmax(0)[2])  # what was merely shown: 0
     assert like.count.tolist() == [4]
 

@@ -1,0 +1,111 @@
+"""Whether a config fits a dataset: features, id spaces, histories, labels, stages and pools, by name and kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from joint import settings
+from joint.config import Mistake, unknown_names
+from joint.experiment import Config, Encoder, heads_of
+from joint.schema import STAGES, Feature, Schema
+from towers.retrieval import Retrieval
+from towers.sequence import SelfAttention, TargetAttention
+
+
+def check_against(config: Config, tree: settings.Tree, schema: Schema) -> None:
+    """Check names against a dataset: features, id spaces, histories, labels and stages.
+
+    Raises:
+        ConfigError: one line per mistake, all of them.
+    """
+    settings.raise_at(tree, list(_misfits(config, schema)))
+
+
+def _misfits(config: Config, schema: Schema) -> Iterator[Mistake]:
+    features = {feature.name: feature for feature in schema.features}
+    histories = [history.name for history in schema.histories]
+    stages = [
+        *schema.stages,
+        "random",
+        *(g for g, f in STAGES.items() if any(f & STAGES[s] for s in schema.stages)),
+    ]
+    yield from unknown_names("data.candidates", list(config.data.candidates), stages, "logged stage")
+    yield from unknown_names("data.pool", [config.data.pool], ["", *schema.pools], "pool")
+    yield from unknown_names("data.not_eligible", config.data.not_eligible, histories, "history")
+    for name, task in config.tasks.items():
+        yield from unknown_names(f"tasks.{name}.label", [task.label], schema.labels, "label")
+    for field_, part in (("valid", config.evaluation.valid), ("test", config.evaluation.test)):
+        if not schema.requests(part) and (field_ == "test" or config.train.evaluate_every_epochs):
+            yield f"evaluation.{field_}", f"the dataset has no request in its {part} part"
+    if not sum(schema.requests(part) for part in config.data.train):
+        yield "data.train", f"the dataset has no request in {' or '.join(config.data.train)}"
+    named = [*features, *config.encoders, *config.cross]
+    for name in sorted({name for name in named if named.count(name) > 1}):
+        section = "encoders" if name in config.encoders else "cross"
+        yield f"{section}.{name}", f"{name} is a feature or an encoder already; choose another name"
+    used: dict[str, Feature] = {}
+    for name, encoder in config.encoders.items():
+        path = f"encoders.{name}"
+        yield from unknown_names(f"{path}.history", [encoder.history], histories, "history")
+        events = schema.history(encoder.history).events if encoder.history in histories else ()
+        shapeless = [e for e in encoder.events if e in features and features[e].kind in ("ids", "vector")]
+        if shapeless:
+            yield f"{path}.events", f"{shapeless[0]} is of kind {features[shapeless[0]].kind}; expected id or float"
+        yield from unknown_names(f"{path}.events", encoder.events, events, f"event of {encoder.history}")
+        items = [f.name for f in schema.features if f.level == "item"]
+        yield from unknown_names(f"{path}.features", encoder.features, items, "item feature")
+        width = sum(_width(config, features[f]) for f in encoder.features if f in features)
+        if isinstance(encoder.by, SelfAttention) and width % encoder.by.heads:
+            yield f"{path}.by.heads", f"{encoder.by.heads} heads do not divide the history's width {width}"
+        if encoder.competing and encoder.history in histories and not schema.history(encoder.history).competitors:
+            yield f"{path}.competing", f"the dataset logs no competitors of the events of {encoder.history}"
+        used |= {f: features[f] for f in (*encoder.features, *encoder.events) if f in features}
+    for name, cross in config.cross.items():
+        path = f"cross.{name}"
+        yield from unknown_names(f"{path}.history", [cross.history], histories, "history")
+        ids = [f.name for f in schema.features if f.level == "item" and f.kind == "id"]
+        yield from unknown_names(f"{path}.feature", [cross.feature], ids, "item feature of one id")
+    for name, head in heads_of(config).items():
+        known = [*(f.name for f in schema.features if f.level != "event"), *config.encoders, *config.cross]
+        yield from unknown_names(f"heads.{name}.features", head.features, known, "feature, encoder or cross feature")
+        used |= {f: features[f] for f in head.features if f in features}
+        yield from _sides(f"heads.{name}.features", config, head.features, features)
+        if isinstance(head, Retrieval) and head.gate is not None:
+            of_items = [n for n in head.gate.prior if n in features and features[n].level == "item"]
+            if of_items:
+                yield f"heads.{name}.gate.prior", f"{of_items[0]} is of the item; the gate weighs the user side"
+        crossed = [e for e in head.features if e in config.encoders and _sees_candidate(config.encoders[e])]
+        crossed += [e for e in head.features if e in config.cross]
+        if crossed and name != "ranking":
+            yield (
+                f"heads.{name}.features",
+                f"{crossed[0]} is of a user and a candidate together; its values could not be cached",
+            )
+    spaces = {feature.space for feature in used.values() if feature.kind in ("id", "ids")}
+    for space in sorted(spaces - set(config.tables)):
+        yield "tables", f"no table {space!r}, which features in use need"
+    for space in sorted(set(config.tables) - {f.space for f in schema.features}):
+        yield (
+            f"tables.{space}",
+            f"the dataset has no id space {space!r}{settings.near_miss(space, list(spaces))}",
+        )
+
+
+def _sides(path: str, config: Config, names: Sequence[str], features: Mapping[str, Feature]) -> Iterator[Mistake]:
+    """A head needs something of the request and something of the item."""
+    encoders = [config.encoders[name] for name in names if name in config.encoders]
+    levels = {features[name].level for name in names if name in features}
+    if "request" not in levels and all(_sees_candidate(encoder) for encoder in encoders):
+        yield path, "names nothing of the request; expected a request feature or an encoder of a history"
+    if "item" not in levels:
+        yield path, "names nothing of the item; expected an item feature"
+
+
+def _width(config: Config, feature: Feature) -> int:
+    if feature.kind in ("float", "vector"):
+        return feature.size or 1
+    return config.tables[feature.space].dim if feature.space in config.tables else 1
+
+
+def _sees_candidate(encoder: Encoder) -> bool:
+    return isinstance(encoder.by, TargetAttention)
