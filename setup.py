@@ -24,11 +24,14 @@ BASE = [
     "tensorboard",
     "pyyaml",
     "omegaconf>=2.4",
+    "tqdm",
 ]
+REPORT = ["scipy", "matplotlib"]
 EXTRAS = {
-    "cpu": ["fbgemm-gpu-cpu==1.8.0", "tensordict", "torchmetrics==1.0.3", "tqdm", "pyre-extensions"],
+    "cpu": ["fbgemm-gpu-cpu==1.8.0", "tensordict", "torchmetrics==1.0.3", "pyre-extensions"],
     "gpu": ["fbgemm-gpu==1.8.0", "torchrec==1.8.0"],
-    "dev": ["pytest", "ruff", "mypy", "scipy"],
+    "report": REPORT,
+    "dev": ["pytest", "ruff", "mypy", *REPORT],
 }
 
 setup(

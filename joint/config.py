@@ -45,6 +45,7 @@ Mistake = tuple[str, str]
 
 
 def unknown_names(path: str, names: Sequence[str], known: Sequence[str], what: str) -> Iterator[Mistake]:
+    """A mistake at `path` for each of `names` that is no `known` name of a `what`."""
     for name in names:
         if name not in known:
             yield path, f"no {what} {name!r}{settings.near_miss(name, known)}"

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from joint.commands import run_command
 from joint.data import movielens
+from joint.data.flat import reader as flat
 from joint.data.planted import simulate
+from joint.data.recflow import reader as recflow
 from joint.schema import SPLITS, Schema
 
 SOURCES = {
-    # "recflow": (recflow, "the public RecFlow layout: feather files, one a day"),
-    # "parquet": (logs, "your own flat log: one row per (request, item), any column names"),
+    "recflow": (recflow, "the public RecFlow layout: feather files, one a day"),
+    "parquet": (flat, "your own flat log: one row per (request, item), any column names"),
     "movielens": (movielens, "MovieLens 100K, 1M, 20M, 25M or 32M: a directory, zip or wheel"),
     "simulate": (simulate, "a planted funnel whose truth is known"),
 }

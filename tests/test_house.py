@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "towers": {"towers", "torch", "torchrec"},
     "joint": {
         *("joint", "losses", "towers", "torch", "torchrec", "numpy", "pandas", "pyarrow", "omegaconf", "yaml"),
-        *("tqdm", "matplotlib"),  # TorchRec brings the one; the other is the extra [report]
+        *("tqdm", "scipy", "matplotlib"),  # TorchRec brings the first; the others are the extra [report]
     },
 }
 WITHOUT_TORCH = ("joint.schema", "joint.data.ragged", "joint.versions", "joint.settings", "joint.errors")

@@ -227,9 +227,12 @@ class DatasetWriter:
         said = dataclasses.replace(schema, provenance={}, hash="").to_json()
         schema = dataclasses.replace(schema, hash=_digest(said, *sorted(self._hashes.items())))
         (self.temporary / "dataset.json").write_text(schema.to_json())
-        if self.out.exists():
-            shutil.rmtree(self.out)
+        old = self.temporary.with_name(f".{self.out.absolute().name}.old")
+        if self.out.exists():  # one of the two is there at every moment
+            shutil.rmtree(old, ignore_errors=True)
+            self.out.rename(old)
         self.temporary.rename(self.out)
+        shutil.rmtree(old, ignore_errors=True)
         return schema
 
     def _write(self, name: str, table: pa.Table) -> None:
