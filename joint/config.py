@@ -37,7 +37,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
     """
     tree = settings.read(path, overrides)
     config = settings.decode(tree, Config)
-    settings.raise_at(tree, list(_mistakes(config)))
+    settings.raise_at(tree, list(mistakes(config)))
     return config, tree
 
 
@@ -51,7 +51,8 @@ def unknown_names(path: str, names: Sequence[str], known: Sequence[str], what: s
             yield path, f"no {what} {name!r}{settings.near_miss(name, known)}"
 
 
-def _mistakes(config: Config) -> Iterator[Mistake]:
+def mistakes(config: Config) -> Iterator[Mistake]:
+    """What makes no sense in a config, whatever the dataset: (dotted path, message)."""
     heads = heads_of(config)
     if not heads:
         yield "heads", "no head; expected at least one of retrieval, pre_ranking, ranking"
