@@ -47,6 +47,8 @@ class Data:
     epochs: int = 1
     shards: int = 8  # virtual shards a day is dealt into: a multiple of every world size to be used
     candidates: dict[str, Quota]  # stage -> how many of a request's candidates, 'all', or random draws
+    random_by: Literal["uniform", "popularity"] = "uniform"  # how random candidates of a request are drawn
+    shuffle_stages: bool = False  # a placebo: stages dealt anew among a request's candidates that were not exposed
     shared_random: int = 0  # random items of a batch that softmaxes over space `random` set all its requests against
     pool: str = ""  # the part of the catalogue that is recommended from; '' is all of it
     not_eligible: tuple[str, ...] = ()  # histories whose items are never recommended again

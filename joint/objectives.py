@@ -68,6 +68,7 @@ class Distillation(_Common):
     loss: Literal["distillation"] = "distillation"
     teacher: Head = "ranking"
     temperature: float = 1.0
+    shuffle: bool = False  # a placebo: the teacher's logits dealt anew among the request's candidates of the space
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,6 +108,7 @@ class AdaptiveContrastive(_Common):
     temperature: float = 1.0
     delta: float = 1.0
     adaptive: bool = True
+    shuffle: bool = False  # a placebo: the weights dealt anew among the request's negatives
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,6 +139,7 @@ class Imitation(_Common):
 
     loss: Literal["list_net", "list_mle", "soft_pairwise"]
     teacher: Head = "ranking"
+    shuffle: bool = False  # as of distillation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,9 +225,8 @@ def compute(objective: Objective, outputs: Outputs, batch: Batch, task_names: Se
         case Distillation():
             teacher = outputs[objective.teacher]
             mask = space_mask(objective.space, batch, tasks) & (head.computed & teacher.computed)[:, None]
-            return losses.distillation(
-                head.logits[:, tasks], teacher.logits[:, tasks], temperature=objective.temperature, mask=mask
-            )
+            target = _teacher_logits(objective, head, teacher, batch)[:, tasks]
+            return losses.distillation(head.logits[:, tasks], target, temperature=objective.temperature, mask=mask)
         case Pairwise():
             return _pairwise(objective, head, batch, tasks)
         case Imitation():
@@ -240,6 +242,7 @@ def compute(objective: Objective, outputs: Outputs, batch: Batch, task_names: Se
                 temperature=objective.temperature,
                 delta=objective.delta,
                 adaptive=objective.adaptive,
+                weigh_as=_dealt(stage_mask(objective.space, batch.stages), batch) if objective.shuffle else None,
             )
 
 
@@ -262,7 +265,23 @@ def _imitation(objective: Imitation, head: HeadOutput, teacher: HeadOutput, batc
     inside = stage_mask(objective.space, batch.stages) & head.computed & teacher.computed
     offsets = torch.nn.functional.pad(inside.cumsum(0), (1, 0))[batch.offsets]
     loss = {"list_net": losses.list_net, "list_mle": losses.list_mle, "soft_pairwise": losses.soft_pairwise}
-    return loss[objective.loss](head.logits[inside][:, tasks], teacher.logits[inside][:, tasks], offsets)
+    target = _teacher_logits(objective, head, teacher, batch)[inside]
+    return loss[objective.loss](head.logits[inside][:, tasks], target[:, tasks], offsets)
+
+
+def _teacher_logits(objective: Distillation | Imitation, head: HeadOutput, teacher: HeadOutput, batch: Batch) -> Tensor:
+    if not objective.shuffle:
+        return teacher.logits
+    inside = stage_mask(objective.space, batch.stages) & head.computed & teacher.computed
+    return teacher.logits[_dealt(inside, batch)]
+
+
+def _dealt(member: Tensor, batch: Batch) -> Tensor:
+    """A random permutation of the members `[N]` of each request, everyone else in place: int64 [N]."""
+    index = member.nonzero().flatten()
+    order = index[torch.rand(len(index), device=index.device).argsort()]
+    order = order[batch.row[order].argsort(stable=True)]
+    return torch.arange(len(member), device=index.device).index_put((index,), order)
 
 
 def _multi_class(objective: MultiClass, head: HeadOutput, batch: Batch, tasks: Tensor) -> LossTerm:

@@ -28,7 +28,6 @@ from joint.errors import CheckpointError, ConfigError
 from joint.experiment import Config, Run
 from joint.schema import Schema
 
-
 MOST_SAID = 10  # keys that a message names
 
 

@@ -38,6 +38,7 @@ def adaptive_contrastive(
     temperature: float = ...,
     delta: float = ...,
     adaptive: bool = ...,
+    weigh_as: Tensor | None = ...,
     return_weights: Literal[False] = ...,
 ) -> LossTerm: ...
 
@@ -53,6 +54,7 @@ def adaptive_contrastive(
     temperature: float = ...,
     delta: float = ...,
     adaptive: bool = ...,
+    weigh_as: Tensor | None = ...,
     return_weights: Literal[True],
 ) -> tuple[LossTerm, NegativeWeights]: ...
 
@@ -67,6 +69,7 @@ def adaptive_contrastive(
     temperature: float = 1.0,
     delta: float = 1.0,
     adaptive: bool = True,
+    weigh_as: Tensor | None = None,
     return_weights: bool = False,
 ) -> LossTerm | tuple[LossTerm, NegativeWeights]:
     """Softmax loss of every positive against the weighted negatives of its request; a unit is a positive.
@@ -77,6 +80,7 @@ def adaptive_contrastive(
 
     `logits`, `positive`, `negative` (bool) are [N] or [N, T], `features` [N, F] or [N, T, F]. A candidate is
     never its own negative; a positive without negatives is no unit. What is neither may be NaN.
+    `weigh_as` [N] names for every negative the one of its request whose weight it takes: shuffled weights, a placebo.
     `return_weights` adds every pair with the two parts of its weight; it holds them all, so ask for it when
     logging. ValueError for shapes that do not fit, a temperature not above 0, and a delta below 0.
 
@@ -88,7 +92,7 @@ def adaptive_contrastive(
     lists, inputs = list_offsets(offsets, logits), _by_task(features, logits) if adaptive else None
     positives = by_task(chosen_like(positive, logits, "positive"))
     negatives = by_task(chosen_like(negative, logits, "negative"))
-    width = 0 if inputs is None else inputs.shape[1]
+    width, alias = 0 if inputs is None else inputs.shape[1], _alias(weigh_as, logits)
     with forming_gradients(logits.device):
         s, book = in_full(padded(logits, logits, "logits")), Ledger.empty(logits)
         weights: list[tuple[Tensor, ...]] = [(lists[:0], lists[:0], s[:0], s[:0])]
@@ -96,8 +100,9 @@ def adaptive_contrastive(
             pair = (i.unsqueeze(2) != j.unsqueeze(1)).logical_and_(real)
             similarity, confidence = s.new_zeros(1, 1, 1), s.new_ones(1, 1, 1)
             if inputs is not None:
-                x, z = (inputs[place % len(inputs)].to(s.dtype) for place in (i, j))
-                similarity, confidence = _similarity(x, z, pair), s[j].sigmoid().unsqueeze(1)
+                taken = j if alias is None else alias[j]
+                x, z = (inputs[place % len(inputs)].to(s.dtype) for place in (i, taken))
+                similarity, confidence = _similarity(x, z, pair), s[taken].sigmoid().unsqueeze(1)
             if return_weights:
                 weights.append(_listed(pair, i, j, similarity, confidence))
             log_weight = (delta * confidence).add(similarity, alpha=delta).log_()
@@ -109,6 +114,15 @@ def adaptive_contrastive(
             book.gradient[j] += share.sum(1) / temperature
     term = book.term(logits)
     return (term, _ordered(weights, len(logits))) if return_weights else term
+
+
+def _alias(weigh_as: Tensor | None, logits: Tensor) -> Tensor | None:
+    """`weigh_as` of the flat candidates of all tasks, and of padding."""
+    if weigh_as is None:
+        return None
+    tasks = torch.arange(logits.numel() // max(len(logits), 1), device=logits.device)
+    flat = (tasks.unsqueeze(1) * len(logits) + weigh_as).flatten()
+    return torch.cat([flat, flat.new_tensor([logits.numel()])])
 
 
 def _by_task(features: Tensor, logits: Tensor) -> Tensor:

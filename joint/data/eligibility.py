@@ -6,6 +6,7 @@ config names, such as what was already watched.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -14,7 +15,7 @@ from joint.data.dataset import Dataset
 from joint.data.ragged import Ragged, concatenate, draw, offsets_of, side_by_side
 from joint.data.requests import Requests
 from joint.experiment import Data
-from joint.schema import NEVER
+from joint.schema import NEVER, Stage
 
 ATTEMPTS = 8  # draws for a slot before it is given up: with half the pool taken, 1 in 256 stays empty
 
@@ -26,6 +27,7 @@ class Eligibility:
         self.first_day = dataset.first_day[data.pool]
         self.items = len(self.first_day)
         self.histories = data.not_eligible
+        self.popular = _logged_counts(dataset, data.train).cumsum() if data.random_by == "popularity" else None
 
     @cached_property
     def corpus(self) -> np.ndarray:
@@ -87,9 +89,10 @@ class Eligibility:
         return order[(random % np.uint64(max(available, 1))).astype(np.int64)][: len(random) if available else 0]
 
     def random(self, requests: Requests, quota: int, keys: np.ndarray, *, but: Ragged) -> Ragged:
-        """Up to `quota` eligible items of each request, uniform and with replacement, none of those in `but`.
+        """Up to `quota` eligible items of each request, with replacement, none of those in `but`.
 
-        A slot that hits a taken item is drawn again, up to ATTEMPTS times, then left empty.
+        Uniform, or as often as the training log holds them. A slot that hits a taken item is drawn again, up to
+        ATTEMPTS times, then left empty.
 
         Args:
             keys: uint64 [R], a hash of (seed, epoch, request): the draw depends on it and the slot alone.
@@ -106,12 +109,29 @@ class Eligibility:
             if not len(open_):
                 break
             row = rows[open_]
-            place = draw(keys[row], slots[open_], attempt) % available[row].astype(np.uint64)
-            tried = order[place.astype(np.int64)]
+            bits = draw(keys[row], slots[open_], attempt)
+            if self.popular is None:
+                tried = order[(bits % available[row].astype(np.uint64)).astype(np.int64)]
+            else:
+                tried = np.searchsorted(self.popular, bits % np.uint64(self.popular[-1]), side="right")
             free = ~_contains(taken_pairs, row * self.items + tried)
+            free &= self.first_day[tried] <= requests.scalars("day")[row]
             drawn[open_[free]] = tried[free]
             open_ = open_[~free]
         return Ragged(drawn, offsets_of(np.full(len(keys), quota))).keep(drawn >= 0)
+
+
+def _logged_counts(dataset: Dataset, splits: Sequence[str]) -> np.ndarray:
+    """How often each item is a candidate that was not exposed, or where none else is logged, an exposed one."""
+    counts = np.zeros((2, dataset.schema.items), np.uint64)
+    for parts in dataset.parts(splits).values():
+        for part in parts:
+            requests = dataset.read(part)
+            hidden = (requests.lists("stages").values & Stage.EXPOSED) == 0
+            items = requests.lists("candidates").values
+            for row, chosen in enumerate((items[~hidden], items[hidden])):
+                counts[row] += np.bincount(chosen, minlength=len(counts[row])).astype(np.uint64)
+    return counts[1] if counts[1].any() else counts[0]
 
 
 def _contains(sorted_values: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from joint.data.order import DayOrder, Position
 from joint.data.pool import NO_POOL, PoolItems, sampled_items, shared_random
 from joint.data.ragged import draw
 from joint.data.requests import Requests, concatenate_requests
-from joint.data.sampling import Candidates, sample_stages, with_random
+from joint.data.sampling import Candidates, sample_stages, shuffle_stages, with_random
 from joint.errors import ConfigError
 from joint.experiment import Config
 from joint.schema import Schema, day_number
@@ -103,6 +103,8 @@ class Loader:
     def _sample(self, requests: Requests, epoch: int) -> Candidates:
         keys = draw(self.seed, epoch, requests.scalars("request_id"))
         candidates = logged(requests, self.assembler.dataset)
+        if self.data.shuffle_stages:
+            candidates = shuffle_stages(candidates, keys)
         quotas = self.data.candidates
         quota = quotas.get("random", 0)
         chosen = sample_stages(candidates, quotas, keys)

@@ -15,6 +15,7 @@ from joint.data.ragged import Ragged, draw, offsets_of, side_by_side
 from joint.schema import STAGES, Stage
 
 Quota = int | Literal["all"]
+SHUFFLE = -1  # among the keys of draws: no stage has this flag
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,17 @@ def sample_stages(logged: Candidates, quotas: Mapping[str, Quota], keys: np.ndar
         member = exposed if flags == Stage.EXPOSED else ((logged.stages & int(flags)) != 0) & ~exposed
         kept |= member if quota == "all" else _first(member, rows, draw(keys[rows], int(flags), place), quota)
     return logged.keep(kept)
+
+
+def shuffle_stages(logged: Candidates, keys: np.ndarray) -> Candidates:
+    """The same candidates, the stage flags of those not exposed dealt anew within each request (uint64 keys [R])."""
+    rows = logged.items.rows
+    hidden = np.flatnonzero((logged.stages & Stage.EXPOSED) == 0)
+    place = np.arange(len(rows)) - logged.items.offsets[:-1][rows]
+    order = hidden[np.lexsort((draw(keys[rows], SHUFFLE, place)[hidden], rows[hidden]))]
+    stages = logged.stages.copy()
+    stages[hidden] = logged.stages[order]
+    return Candidates(logged.items, stages, logged.labels)
 
 
 def _first(member: np.ndarray, rows: np.ndarray, order: np.ndarray, quota: int) -> np.ndarray:
