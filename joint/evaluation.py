@@ -15,6 +15,7 @@ from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
 
 from joint import metrics
+from joint.alignment import logged_order
 from joint.batch import Batch
 from joint.cascade import funnel, top_k, true_favourites, true_rewards
 from joint.data.assemble import Assembler, logged, positives
@@ -27,7 +28,7 @@ from joint.data.sampling import Candidates, unlabelled
 from joint.distributed import gather_objects, rank, world_size
 from joint.experiment import heads_of
 from joint.fusion import fuse, fusion_weights
-from joint.logged_metrics import STUDENTS, State, logged_metrics
+from joint.logged_metrics import State, logged_metrics
 from joint.metrics import PerRequest
 from joint.outputs import HeadOutput, Outputs
 from joint.ranks import pool_ranks, ranks, request_sums
@@ -62,6 +63,7 @@ class Evaluator:
         self.items = assembler.dataset.schema.items
         self.eligibility = assembler.eligibility
         self.truth = open_truth(assembler.dataset.directory)  # of a planted world only
+        self.reference: Evaluator | None = None  # another run, whose ranking head all are held against
 
     @torch.no_grad()
     def __call__(self, split: str, *, whole_catalogue: bool) -> Measured:
@@ -72,7 +74,8 @@ class Evaluator:
         for requests in self._chunks(split):
             candidates = logged(requests, self.assembler.dataset)
             batch, outputs = self._run(requests, candidates, self.heads, with_corpus=corpus is None)
-            found = logged_metrics(self.config, self.assembler.dataset.schema, batch, outputs)
+            orders = self._orders(requests, candidates, batch)
+            found = logged_metrics(self.config, self.assembler.dataset.schema, batch, outputs, orders)
             if "retrieval" in self.heads:
                 if corpus is None:
                     pool = outputs["retrieval"].pool
@@ -105,7 +108,7 @@ class Evaluator:
         size = self.config.data.requests_per_batch
         for parts in self.assembler.dataset.parts([split]).values():
             for part in parts:
-                requests = self.assembler.dataset.read(part)
+                requests = self.assembler.dataset.read(part, further=self.assembler.dataset.schema.orders)
                 for start in range(0, len(requests), size):
                     mine = np.arange(start, min(start + size, len(requests)))[rank() :: world_size()]
                     yield requests.take(mine)
@@ -121,6 +124,19 @@ class Evaluator:
             batch = self.assembler.empty(pool, position=Position())
         batch = batch.to(self.device)
         return batch, self.forward(batch)
+
+    def _orders(self, requests: Requests, candidates: Candidates, batch: Batch) -> dict[str, Tensor]:
+        """Whose order of the logged candidates there is, besides that of the own teacher: whose -> `[N]`."""
+        orders: dict[str, Tensor] = {}
+        if self.reference is not None:
+            _, outputs = self.reference._run(requests, candidates, {"ranking"})
+            orders["reference"] = self.reference._fused("ranking", outputs["ranking"])
+        if len(requests) and self.assembler.dataset.schema.orders:
+            places = requests.lists(self.assembler.dataset.schema.orders[0]).values
+            orders["logged"] = logged_order(torch.from_numpy(places.astype(np.int64))).to(self.device)
+        if len(requests) and self.truth is not None:
+            orders["truth"] = torch.from_numpy(self.truth.reward(requests, candidates.items)).to(self.device)
+        return orders
 
     def _fused(self, head: str, output: HeadOutput) -> Tensor:
         return fuse(self.heads[head], self.tasks, output.logits)
@@ -176,12 +192,26 @@ class Evaluator:
             quota = self.config.evaluation.quotas[head]
             left = request_sums(alive & relevant, batch.offsets)[: len(requests)]
             found[f"funnel/{head}/recall@{quota}"] = PerRequest.of(left, torch.from_numpy(wanted))
-        if "ranking" in outputs:
-            quota = self.config.evaluation.quotas["retrieval"]
-            for student in (head for head in STUDENTS if head in outputs):
-                distance = metrics.kendall_by_request(scores[student], scores["ranking"], batch.offsets)
-                found[f"alignment/nktd@{quota}/{student}"] = distance
+        retrieved = self.config.evaluation.quotas["retrieval"]
+        for whose, order in self._orders_of_retrieved(requests, items, scores).items():
+            for head in (head for head in scores if head != whose):
+                distance = metrics.kendall_by_request(scores[head].double(), order.double(), batch.offsets)
+                name = f"alignment/nktd@{retrieved}/" if whose == "ranking" else f"alignment/{whose}/nktd@{retrieved}/"
+                found[name + head] = distance
         return found
+
+    def _orders_of_retrieved(
+        self, requests: Requests, items: Ragged, scores: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Whose order of what was retrieved there is; the own teacher's is `ranking`'s (RRA's NKTD@N)."""
+        orders = {"ranking": scores["ranking"]} if "ranking" in scores else {}
+        if self.reference is not None:
+            everything = unlabelled(items, self.assembler.dataset.schema.labels)
+            _, outputs = self.reference._run(requests, everything, {"ranking"})
+            orders["reference"] = self.reference._fused("ranking", outputs["ranking"])
+        if len(requests) and self.truth is not None:
+            orders["truth"] = torch.from_numpy(self.truth.reward(requests, items)).to(self.device)
+        return orders
 
     def _whole_catalogue(self, requests: Requests, candidates: Candidates) -> dict[str, State]:
         """Recall of the other heads, each scoring every eligible item for every request."""

@@ -213,6 +213,7 @@ class Evaluation:
     quotas: dict[str, int] = field(default_factory=dict)  # head -> candidates it keeps, in the funnel's order
     whole_catalogue: tuple[Head, ...] = ()  # heads besides retrieval that also score every item for every request
     candidates_per_batch: int = 65_536  # rows scored at once where heads score the whole catalogue
+    reference: str = ""  # a finished run on the same dataset, whose ranking head all heads are held against
     baselines: bool = False  # popularity, item-kNN, EASE and smoothed means beside the heads, on the same split
 
     def __post_init__(self) -> None:

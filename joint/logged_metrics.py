@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from joint import metrics
+from joint.alignment import to_order, to_the_teacher
 from joint.batch import Batch
 from joint.experiment import Config, heads_of
 from joint.fusion import fuse
@@ -18,14 +19,21 @@ from joint.ranks import ranks
 from joint.schema import Schema
 
 State = Ratio | PerRequest | AucState
-STUDENTS = {"retrieval": "alignment/retrieval_reverse_rate", "pre_ranking": "alignment/reverse_rate"}
 
 
-def logged_metrics(config: Config, schema: Schema, batch: Batch, outputs: Outputs) -> dict[str, State]:
-    """Every metric of logged candidates, as `HEAD/METRIC[/TASK]` and `alignment/METRIC/TASK`; fused has no task."""
+def logged_metrics(
+    config: Config, schema: Schema, batch: Batch, outputs: Outputs, orders: Mapping[str, Tensor]
+) -> dict[str, State]:
+    """Every metric of logged candidates, as `HEAD/METRIC[/TASK]` and `alignment/…`; what is fused names no task.
+
+    Args:
+        orders: whose -> an order of the candidates `[N]`, NaN outside of it, to hold the heads against.
+    """
     scores = {name: fuse(head, list(config.tasks), outputs[name].logits) for name, head in heads_of(config).items()}
     found = dict(_on_exposures(config, batch, outputs))
-    found |= dict(_alignment(config, batch, outputs, scores))
+    found |= dict(to_the_teacher(config, batch, outputs, scores))
+    for whose, order in orders.items():
+        found |= dict(to_order(whose, order, scores, batch, config.evaluation.k))
     for head, score in scores.items():
         if head in schema.input_space and head not in config.evaluation.whole_catalogue:
             inside = stage_mask(("exposed", *schema.input_space[head]), batch.stages)
@@ -46,18 +54,6 @@ def _on_exposures(config: Config, batch: Batch, outputs: Outputs) -> Iterator[tu
             if head != "retrieval" and rule.kind != "weighted":
                 yield f"{head}/log_loss/{task}", metrics.log_loss(logits, labels, mask=mask)
                 yield f"{head}/calibration/{task}", metrics.calibration(logits, labels, mask=mask)
-
-
-def _alignment(
-    config: Config, batch: Batch, outputs: Outputs, scores: dict[str, Tensor]
-) -> Iterator[tuple[str, State]]:
-    """How often a student orders a pair of a request against the teacher (SDCL's reverse rate)."""
-    for student, name in STUDENTS.items():
-        if student in outputs and "ranking" in outputs:
-            for index, task in enumerate(config.tasks):
-                pair = outputs[student].logits[:, index], outputs["ranking"].logits[:, index]
-                yield f"{name}/{task}", metrics.kendall_by_request(*pair, batch.offsets)
-            yield f"{name}/fused", metrics.kendall_by_request(scores[student], scores["ranking"], batch.offsets)
 
 
 def _in_space(config: Config, head: str, scores: Tensor, inside: Tensor, batch: Batch) -> Iterator[tuple[str, State]]:

@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from joint import checkpoint
 from joint.data.assemble import Assembler
 from joint.data.dataset import Dataset
 from joint.distributed import process_group, rank
 from joint.errors import CheckpointError, ConfigError
 from joint.evaluation import Evaluator, evaluator_of
+from joint.experiment import Config
 from joint.features import Plan
 from joint.fit import check_against
 from joint.run import RunDirectory, write_metrics
@@ -40,7 +43,29 @@ def open_model(path: Path, overrides: Sequence[str]) -> Iterator[tuple[RunDirect
         progress = checkpoint.load_latest(run.checkpoints, model)
         if not progress.step:
             raise CheckpointError(f"{run.checkpoints}: no complete checkpoint in it; train the run first")
-        yield run, evaluator_of(model, Assembler(plan, dataset), device), progress.step
+        evaluator = evaluator_of(model, Assembler(plan, dataset), device)
+        evaluator.reference = reference_of(config, dataset, device)
+        yield run, evaluator, progress.step
+
+
+def reference_of(config: Config, dataset: Dataset, device: torch.device) -> Evaluator | None:
+    """The run that `evaluation.reference` names, ready to score; None where it names none.
+
+    Raises:
+        CheckpointError: it is no finished run on this dataset with a ranking head.
+    """
+    if not config.evaluation.reference:
+        return None
+    run = RunDirectory(Path(config.evaluation.reference))
+    other, _ = run.load_config()
+    run.check_dataset(dataset.schema)
+    if other.heads.ranking is None:
+        raise CheckpointError(f"{run.path}: has no ranking head to be held against (evaluation.reference)")
+    plan = Plan(other, dataset.schema)
+    model = build_task(plan, device)
+    if not checkpoint.load_latest(run.checkpoints, model).step:
+        raise CheckpointError(f"{run.checkpoints}: no complete checkpoint in it (evaluation.reference)")
+    return evaluator_of(model, Assembler(plan, dataset), device)
 
 
 def evaluate_run(path: Path, split: str | None, overrides: Sequence[str] = ()) -> None:

@@ -25,6 +25,7 @@ from joint.errors import RankError, UserError
 from joint.evaluation import evaluator_of
 from joint.experiment import Config
 from joint.features import Plan
+from joint.measure import reference_of
 from joint.optimizers import build_optimizer, set_learning_rates
 from joint.pipeline import build_pipeline
 from joint.reporting import Reporter
@@ -93,7 +94,9 @@ def train(config: Config, dataset: Dataset) -> None:
         else:
             pipeline.detach()
             reporter.say(f"measuring on {config.evaluation.test} …")
-            measured = evaluator_of(model, assembler, device).full(config.evaluation.test)
+            evaluator = evaluator_of(model, assembler, device)
+            evaluator.reference = reference_of(config, dataset, device)
+            measured = evaluator.full(config.evaluation.test)
             if rank() == 0:
                 write_metrics(run, measured.numbers, measured.requests)
             reporter.numbers(progress.step, {f"test/{name}": value for name, value in measured.numbers.items()})

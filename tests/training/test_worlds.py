@@ -1,0 +1,145 @@
+"""A trained funnel on a planted world: what its ten are truly worth, and whom its heads agree with."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import joint
+from joint.config import load_config
+from joint.data.assemble import Assembler, logged
+from joint.data.dataset import Dataset
+from joint.data.planted.simulate import parameters_of, simulate
+from joint.data.planted.truth import open_truth
+from joint.data.pool import PoolItems
+from joint.data.ragged import Ragged
+from joint.data.sampling import unlabelled
+from joint.distributed import process_group
+from joint.evaluation import evaluator_of
+from joint.features import Plan
+from joint.fusion import fuse
+from joint.measure import reference_of
+from joint.task import build_task
+from joint.train import main
+
+CONFIG = Path(joint.__file__).parents[1] / "configs" / "joint.yaml"
+SMALL = ["data.requests_per_batch=64", "evaluation.quotas={retrieval: 40, pre_ranking: 20, ranking: 10}"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small world: 1,500 training requests."""
+    out = tmp_path_factory.mktemp("world") / "biased"
+    simulate(out, parameters_of("biased", "small"), seed=0, world="biased")
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run `first`, and `second`, which is held against it."""
+    folder = tmp_path_factory.mktemp("runs")
+    common = [str(CONFIG), f"data.path={world}", f"run.dir={folder}", *SMALL]
+    assert main([*common, "run.name=first"]) == 0
+    assert main([*common, "run.name=second", "run.seed=1", f"evaluation.reference={folder / 'first'}"]) == 0
+    return folder
+
+
+def found(runs: Path, name: str) -> dict[str, float]:
+    return json.loads((runs / name / "eval.json").read_text())
+
+
+def test_the_true_reward_stands_beside_what_others_would_earn(runs: Path) -> None:
+    one = found(runs, "first")
+    earned = {name: one[f"baselines/{name}/true_reward@10"] for name in ("random", "popularity", "incumbent", "oracle")}
+    assert earned["random"] < earned["popularity"] < earned["incumbent"] < earned["oracle"]
+    assert earned["random"] < one["funnel/true_reward@10"] < earned["oracle"]
+    assert one["funnel/retrieval/true_favourites"] >= one["funnel/pre_ranking/true_favourites"]
+    log = (runs / "first" / "train.log").read_text()
+    assert "true_reward@10" in log
+    assert "oracle" in log
+
+
+def test_a_reference_is_another_s_teacher(runs: Path, world: Path) -> None:
+    second = found(runs, "second")
+    names = [name for name in second if name.startswith("alignment/reference/") and "group" not in name]
+    assert {name.split("/")[-1] for name in names} == {"retrieval", "pre_ranking", "ranking"}
+    assert 0.05 < second["alignment/reference/reverse_rate/ranking"] < 0.6
+    config, _ = load_config(runs / "first" / "config.yaml", [f"evaluation.reference={runs / 'first'}"])
+    with process_group() as device:
+        dataset = Dataset(world)
+        itself = reference_of(config, dataset, device)
+        assert itself is not None
+        itself.reference = reference_of(config, dataset, device)
+        numbers = itself("valid", whole_catalogue=False).numbers
+    assert numbers["alignment/reference/reverse_rate/ranking"] == 0
+    assert numbers["alignment/reference/overlap@10/ranking"] == 1
+    assert numbers["alignment/reference/nktd@40/ranking"] == 0
+
+
+@pytest.fixture
+def scored(world: Path):
+    """An untrained model on the test part: what the evaluator says, and every head's score of every item by request."""
+    config, _ = load_config(CONFIG, [f"data.path={world}", *SMALL, "tables.video_id.init=0.9"])
+    dataset = Dataset(world)
+    with process_group() as device:
+        assembler = Assembler(Plan(config, dataset.schema), dataset)
+        model = build_task(assembler.plan, device)
+        evaluator = evaluator_of(model, assembler, device)
+        measured = evaluator("test", whole_catalogue=False)
+        requests = dataset.read_split("test")
+        scores = []
+        for row in range(len(requests)):
+            one = requests.take(np.array([row]))
+            every = unlabelled(Ragged(np.arange(dataset.schema.items), np.array([0, dataset.schema.items])), ())
+            every = type(every)(every.items, every.stages, dict.fromkeys(dataset.schema.labels, every.stages * np.nan))
+            pool = PoolItems.corpus(np.zeros(0, np.int64))
+            batch = assembler(one, every, pool, position=None, scoring=evaluator.heads)  # type: ignore[arg-type]
+            with torch.no_grad():
+                outputs = model(batch)[1].outputs
+            scores.append({h: fuse(evaluator.heads[h], evaluator.tasks, outputs[h].logits) for h in outputs})
+        yield measured, assembler, requests, scores
+
+
+def discordant(a: np.ndarray, b: np.ndarray) -> float:
+    pairs = list(itertools.combinations(range(len(a)), 2))
+    return float(np.mean([(a[i] - a[j]) * (b[i] - b[j]) < 0 for i, j in pairs]))
+
+
+def test_the_reward_and_the_orders_by_brute_force(scored, world: Path) -> None:
+    measured, assembler, requests, scores = scored
+    truth = open_truth(world)
+    assert truth is not None
+    table = pd.DataFrame(measured.requests)
+    free = assembler.eligibility.mask(requests)
+    candidates = logged(requests, assembler.dataset)
+    orders = assembler.dataset.read(assembler.dataset.parts(["test"]).popitem()[1][0], further=["rank_index"])
+    for row in range(0, len(requests), 17):
+        one = requests.take(np.array([row]))
+        worth = truth.reward(one, Ragged(np.arange(600), np.array([0, 600])))
+        kept = np.flatnonzero(free[row])
+        for head, quota in (("retrieval", 40), ("pre_ranking", 20), ("ranking", 10)):
+            score = scores[row][head].numpy()
+            if head == "retrieval":
+                kept = kept[np.argsort(-score[kept], kind="stable")[:quota]]
+                retrieved = kept
+                continue
+            kept = kept[np.argsort(-score[kept], kind="stable")[:quota]]
+        assert table["funnel/true_reward@10.total"][row] == pytest.approx(worth[kept].sum() / 10, rel=1e-6)
+        own = retrieved[np.argsort(-scores[row]["retrieval"].numpy()[retrieved], kind="stable")[:10]]
+        assert table["retrieval/true_reward@10.total"][row] == pytest.approx(worth[own].sum() / 10, rel=1e-6)
+        best = set(sorted(np.flatnonzero(free[row]), key=lambda item: (-worth[item], item))[:10])
+        assert table["funnel/retrieval/true_favourites.total"][row] == len(best & set(retrieved.tolist()))
+        shown = candidates.items.take(np.array([row])).values
+        of_candidates = scores[row]["ranking"].numpy()[shown]
+        by_truth = discordant(of_candidates, worth[shown])
+        assert table["alignment/truth/reverse_rate/ranking.total"][row] == pytest.approx(by_truth, abs=0.02)
+        place = orders.lists("rank_index").take(np.array([row])).values
+        known = place >= 0
+        by_log = discordant(of_candidates[known], -place[known].astype(float))
+        assert table["alignment/logged/reverse_rate/ranking.total"][row] == pytest.approx(by_log, abs=0.02)
