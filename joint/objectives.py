@@ -213,8 +213,7 @@ def compute(objective: Objective, outputs: Outputs, batch: Batch, task_names: Se
     if isinstance(objective, ExpectedL0):
         assert head.expected_l0 is not None
         return LossTerm(head.expected_l0.reshape(1), batch.labels.new_ones(1))
-    names = objective.tasks or tuple(task_names)
-    tasks = torch.tensor([list(task_names).index(name) for name in names], device=batch.item.device)
+    tasks = _task_indices(objective, batch, task_names)
     match objective:
         case MultiClass():
             return _multi_class(objective, head, batch, tasks)
@@ -232,18 +231,33 @@ def compute(objective: Objective, outputs: Outputs, batch: Batch, task_names: Se
         case Imitation():
             return _imitation(objective, head, outputs[objective.teacher], batch, tasks)
         case AdaptiveContrastive():
-            assert head.features is not None
             return losses.adaptive_contrastive(
-                head.logits[:, tasks],
-                space_mask(objective.winners, batch, tasks),
-                space_mask(objective.space, batch, tasks),
-                head.features,
-                batch.offsets,
+                *contrastive_arguments(objective, outputs, batch, task_names),
                 temperature=objective.temperature,
                 delta=objective.delta,
                 adaptive=objective.adaptive,
                 weigh_as=_dealt(stage_mask(objective.space, batch.stages), batch) if objective.shuffle else None,
             )
+
+
+def contrastive_arguments(
+    objective: AdaptiveContrastive, outputs: Outputs, batch: Batch, task_names: Sequence[str]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Logits, positives, negatives `[N, T]`, features `[N, F]` and offsets: what the loss is called with."""
+    tasks, head = _task_indices(objective, batch, task_names), outputs[objective.head]
+    assert head.features is not None
+    return (
+        head.logits[:, tasks],
+        space_mask(objective.winners, batch, tasks),
+        space_mask(objective.space, batch, tasks),
+        head.features,
+        batch.offsets,
+    )
+
+
+def _task_indices(objective: _Common, batch: Batch, task_names: Sequence[str]) -> Tensor:
+    names = objective.tasks or tuple(task_names)
+    return torch.tensor([list(task_names).index(name) for name in names], device=batch.item.device)
 
 
 def _pairwise(objective: Pairwise, head: HeadOutput, batch: Batch, tasks: Tensor) -> LossTerm:

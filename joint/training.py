@@ -26,6 +26,7 @@ from joint.evaluation import evaluator_of
 from joint.experiment import Config
 from joint.features import Plan
 from joint.measure import reference_of
+from joint.negative_weights import negative_weights
 from joint.optimizers import build_optimizer, set_learning_rates
 from joint.pipeline import build_pipeline
 from joint.reporting import Reporter
@@ -76,7 +77,8 @@ def train(config: Config, dataset: Dataset) -> None:
             progress = Progress(progress.step + 1, batch.position)
             if progress.step % config.train.log_every == 0 or progress.step == total:
                 counts = sum_over_ranks(torch.tensor(reporter.counts(), device=device))
-                reporter.interval(progress.step, counts.tolist(), rates | routing_numbers(model))
+                more = routing_numbers(model) | negative_weights(config, output.outputs, batch)
+                reporter.interval(progress.step, counts.tolist(), rates | more)
             if ends_epoch(progress.position, config.train.evaluate_every_epochs):
                 pipeline.detach()
                 found = evaluator_of(model, assembler, device)(config.evaluation.valid, whole_catalogue=False).numbers

@@ -153,7 +153,8 @@ def read_ablation(
         placebos={name: of for name, overlay in ablation.variants.items() if (of := placebo_of(overlay))},
         worlds=named or {"": configs[ablation.baseline].data.path},
     )
-    _check_data(plan, tree, any_data or bool(named))
+    if not (any_data or named):
+        _check_data(plan, tree)
     _check_tuning(plan, tree)
     return plan
 
@@ -207,7 +208,7 @@ def _each(names: Mapping[str, Any], make: Callable[[str], T]) -> dict[str, T]:
     return made
 
 
-def _check_data(plan: Plan, tree: Tree, any_data: bool) -> None:
+def _check_data(plan: Plan, tree: Tree) -> None:
     hashes = {name: read_schema(Path(config.data.path)).hash for name, config in plan.configs.items()}
     baseline = plan.ablation.baseline
     problems = [
@@ -215,7 +216,7 @@ def _check_data(plan: Plan, tree: Tree, any_data: bool) -> None:
         for name, found in hashes.items()
         if found != hashes[baseline]
     ]
-    settings.raise_at(tree, [] if any_data else problems)
+    settings.raise_at(tree, problems)
 
 
 def _check_tuning(plan: Plan, tree: Tree) -> None:

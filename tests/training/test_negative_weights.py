@@ -1,0 +1,42 @@
+"""The weights that are logged are the weights that were used, averaged by where the negative comes from."""
+
+import numpy as np
+import torch
+
+import losses
+from joint.negative_weights import negative_weights
+from joint.objectives import contrastive_arguments
+from joint.task import build_task
+from towers.mixtures import set_step
+
+
+def test_means_by_stage_task_and_user_group(configure, assemble, group):
+    config = configure("objectives.negatives.tasks=[like, fine]", "objectives.negatives.delta=0.5")
+    batch = assemble(config)
+    task = build_task(assemble.plan(config), group).train()
+    set_step(task, 0)
+    outputs = task(batch)[1].outputs
+    found = negative_weights(config, outputs, batch)
+    objective = config.objectives["negatives"]
+    arguments = contrastive_arguments(objective, outputs, batch, list(config.tasks))
+    _, pairs = losses.adaptive_contrastive(*(x.detach() for x in arguments), return_weights=True)
+    random = (batch.stages == 1)[pairs.negative]
+    users = batch.group[batch.row[pairs.negative]]
+    for index, name in enumerate(("like", "fine")):
+        own = random & (pairs.task == index)
+        parts = pairs.similarity[own].mean(), pairs.confidence[own].mean()
+        for part, value in zip(("similarity", "confidence"), parts, strict=True):
+            np.testing.assert_allclose(found[f"negative_weights/matching_ns/{name}/{part}"], value, rtol=1e-5)
+        for who in users[own].unique().tolist():
+            of_group = own & (users == who)
+            weight = 0.5 * (pairs.similarity + pairs.confidence)[of_group].mean()
+            np.testing.assert_allclose(found[f"negative_weights/matching_ns/{name}/{who}"], weight, rtol=1e-5)
+    assert not [name for name in found if "pre_ranking_ns" in name]  # this log has no stages
+    assert torch.is_grad_enabled()
+
+
+def test_fixed_weights_are_not_logged(configure, assemble, group):
+    config = configure("objectives.negatives.adaptive=false")
+    batch = assemble(config)
+    outputs = build_task(assemble.plan(config), group).eval()(batch)[1].outputs
+    assert negative_weights(config, outputs, batch) == {}
