@@ -22,13 +22,15 @@ class Gate:
     `alpha` is the largest weight, `hidden` the width of the hidden layer (None: as wide as what it weighs).
     Without `prior` the weights are read off the input (SDCL Eq 6). `prior` names fields that decide instead, beside
     them the input without gradient (PEPNet) unless `reads_input` is off (LHUC). In a head with a gate per side, a
-    side that has none of the prior fields reads its own input.
+    side that has none of the prior fields reads its own input. `adds` is a placebo of equal parameters and cost: what
+    the two layers give is added to the input, and weighs nothing.
     """
 
     alpha: float = 2.0
     hidden: int | None = None
     prior: tuple[str, ...] = ()
     reads_input: bool = True
+    adds: bool = False
 
     def __post_init__(self) -> None:
         check_positive(alpha=self.alpha)
@@ -71,14 +73,15 @@ class GateUnit(nn.Module):
         super().__init__()
         in_dim = width_of(fields)
         hidden = config.hidden or in_dim
-        self.alpha = config.alpha
+        self.alpha, self.adds = config.alpha, config.adds
         self.seen = _Seen(config, fields=fields) if any(name in fields for name in config.prior) else None
         seen_dim = self.seen.out_dim if self.seen else in_dim
-        self.weights = nn.Sequential(nn.Linear(seen_dim, hidden), nn.ReLU(), nn.Linear(hidden, in_dim), nn.Sigmoid())
+        self.weights = nn.Sequential(nn.Linear(seen_dim, hidden), nn.ReLU(), nn.Linear(hidden, in_dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_dim]` of `x [..., in_dim]`: each column times its weight in [0, alpha]."""
-        return x * (self.alpha * self.weights(self.seen(x) if self.seen else x))
+        logits = self.weights(self.seen(x) if self.seen else x)
+        return x + logits if self.adds else x * (self.alpha * logits.sigmoid())
 
 
 class TaskGates(nn.Module):

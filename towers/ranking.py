@@ -37,6 +37,8 @@ class Ranking:
         check_widths(least=0, task_hidden=self.task_hidden)
         if self.task_gate and not self.task_hidden:
             raise ValueError("task_gate weighs the hidden layers of task_hidden, which has none")
+        if self.task_gate and self.task_gate.adds:
+            raise ValueError("task_gate adds: only a gate on the input has this placebo")
         check_fusion(self.fusion)
 
 

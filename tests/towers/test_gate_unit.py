@@ -182,3 +182,13 @@ def test_a_prior_must_be_a_field() -> None:
     check_prior(FIELDS, gate=PRIOR, task_gate=None)
     with pytest.raises(ValueError, match=r"^task_gate: prior item, city is none of the fields user, age, liked"):
         check_prior(FIELDS, gate=PRIOR, task_gate=Gate(prior=("item", "user", "city")))
+
+
+def test_the_placebo_adds_what_the_gate_would_weigh_by() -> None:
+    torch.manual_seed(0)
+    gate = GateUnit(Gate(hidden=5), fields={"a": 3, "b": 1})
+    placebo = GateUnit(Gate(hidden=5, adds=True), fields={"a": 3, "b": 1})
+    placebo.load_state_dict(gate.state_dict())  # the same parameters
+    x = torch.randn(7, 4)
+    logits = placebo(x) - x
+    torch.testing.assert_close(gate(x), x * 2 * logits.sigmoid())
