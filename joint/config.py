@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from torch import nn
 
 from joint import settings
 from joint.commands import run_command
@@ -78,6 +81,10 @@ def mistakes(config: Config) -> Iterator[Mistake]:
             "train.evaluate_every_epochs",
             f"{part} is trained on, so it validates nothing; set 0 or change data.train",
         )
+    for section in ("tasks", "encoders", "cross", "objectives"):
+        for name in getattr(config, section):
+            if not re.fullmatch(r"[A-Za-z_][\w-]*", name) or hasattr(nn.ModuleDict, name):
+                yield section, f"{name!r} cannot be a name; choose a word of letters, digits, _ and -"
     yield from _sharing_mistakes(config)
     spaces = {tuple(o.space) == ("corpus",) for o in config.objectives.values() if isinstance(o, MultiClass)}
     if len(spaces) > 1:
@@ -110,8 +117,8 @@ def _sharing_mistakes(config: Config) -> Iterator[Mistake]:
     if config.sharing.mode == "tables_and_encoders":
         for name in config.encoders:
             readers = {head for head, settings_ in heads.items() if name in settings_.features}
-            if readers and readers <= set(spared):
-                yield path, f"only {', '.join(sorted(readers))} reads encoder {name}; nothing would train it"
+            if len(readers) > 1 and readers <= set(spared):  # what one head reads is its own
+                yield path, f"only {' and '.join(sorted(readers))} read encoder {name}; nothing would train it"
 
 
 def _penalty_mistakes(config: Config, path: str, objective: ExpectedL0) -> Iterator[Mistake]:

@@ -74,8 +74,9 @@ class Evaluator:
         for requests in self._chunks(split):
             candidates = logged(requests, self.assembler.dataset)
             batch, outputs = self._run(requests, candidates, self.heads, with_corpus=corpus is None)
+            scores = {head: self._fused(head, output) for head, output in outputs.items()}
             orders = self._orders(requests, candidates, batch)
-            found = logged_metrics(self.config, self.assembler.dataset.schema, batch, outputs, orders)
+            found = logged_metrics(self.config, self.assembler.dataset.schema, batch, outputs, scores, orders)
             if "retrieval" in self.heads:
                 if corpus is None:
                     pool = outputs["retrieval"].pool

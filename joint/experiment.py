@@ -113,6 +113,10 @@ class Encoder:
         _at_least(1, length=self.length)
         if not self.features:
             raise ValueError("features names no item feature; expected at least one")
+        if len({*self.features, *self.events}) < len(self.features) + len(self.events):
+            raise ValueError("features or events name a feature twice")
+        if self.combine == "multiply" and not self.events:
+            raise ValueError("combine multiply has no events to multiply by")
 
 
 @dataclass(frozen=True, kw_only=True)

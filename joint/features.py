@@ -77,6 +77,15 @@ class Plan:
             for name in self.head_encoders(head)
         }
 
+    @cached_property
+    def readers(self) -> dict[str, tuple[str, ...]]:
+        """Reading -> the heads that share it."""
+        heads = [(head, name) for head in heads_of(self.config) for name in self.head_encoders(head)]
+        return {
+            reading: tuple(head for head, name in heads if self.reading_name(head, name) == reading)
+            for reading in self.readings
+        }
+
     def reading_name(self, head: str, encoder: str) -> str:
         """What the reading of an encoder by a head is called."""
         shared = self.config.sharing.mode == "tables_and_encoders"

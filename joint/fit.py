@@ -79,7 +79,7 @@ def _misfits(config: Config, schema: Schema) -> Iterator[Mistake]:
         if crossed and name != "ranking":
             yield (
                 f"heads.{name}.features",
-                f"{crossed[0]} is of a user and a candidate together; its values could not be cached",
+                f"{crossed[0]} is of a user and a candidate together; only the ranking head reads such features",
             )
     spaces = {feature.space for feature in used.values() if feature.kind in ("id", "ids")}
     for space in sorted(spaces - set(config.tables)):

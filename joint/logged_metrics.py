@@ -10,8 +10,7 @@ from torch import Tensor
 from joint import metrics
 from joint.alignment import to_order, to_the_teacher
 from joint.batch import Batch
-from joint.experiment import Config, heads_of
-from joint.fusion import fuse
+from joint.experiment import Config
 from joint.metrics import AucState, PerRequest, Ratio
 from joint.objectives import stage_mask
 from joint.outputs import Outputs
@@ -22,14 +21,19 @@ State = Ratio | PerRequest | AucState
 
 
 def logged_metrics(
-    config: Config, schema: Schema, batch: Batch, outputs: Outputs, orders: Mapping[str, Tensor]
+    config: Config,
+    schema: Schema,
+    batch: Batch,
+    outputs: Outputs,
+    scores: Mapping[str, Tensor],
+    orders: Mapping[str, Tensor],
 ) -> dict[str, State]:
     """Every metric of logged candidates, as `HEAD/METRIC[/TASK]` and `alignment/…`; what is fused names no task.
 
     Args:
+        scores: head -> its fused scores `[N]`.
         orders: whose -> an order of the candidates `[N]`, NaN outside of it, to hold the heads against.
     """
-    scores = {name: fuse(head, list(config.tasks), outputs[name].logits) for name, head in heads_of(config).items()}
     found = dict(_on_exposures(config, batch, outputs))
     found |= dict(to_the_teacher(config, batch, outputs, scores))
     for whose, order in orders.items():

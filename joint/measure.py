@@ -87,7 +87,7 @@ def evaluate_run(path: Path, split: str | None, overrides: Sequence[str] = ()) -
 def choose_fusion(path: Path, head: str, split: str | None, overrides: Sequence[str] = ()) -> None:
     """Measure a head under a grid of its tasks' weights, and print what each gives, the best last (RRA's w_serve).
 
-    Judged by the head's recall at the smallest k: over the catalogue, in its input space, or in the funnel.
+    Judged by the head's recall at the smallest k, over the catalogue or in its input space; or else in the funnel.
 
     Raises:
         ConfigError: there is no such head, or one task only, or no recall is measured of it.
@@ -96,16 +96,20 @@ def choose_fusion(path: Path, head: str, split: str | None, overrides: Sequence[
         config = evaluator.config
         if head not in evaluator.heads or len(config.tasks) < 2:
             raise ConfigError(f"--choose-fusion {head}: expected a head of {', '.join(evaluator.heads)}, and two tasks")
-        tried = []
+        tried, part = [], split or config.evaluation.valid
         for weights in fusion_grid(len(config.tasks)):
             fusion = dict(zip(config.tasks, weights, strict=True))
             evaluator.heads[head] = replace(evaluator.heads[head], fusion=fusion)
-            found = evaluator(split or config.evaluation.valid, whole_catalogue=head != "retrieval").numbers
-            goals = [name for name in found if name.startswith((f"{head}/recall@", f"funnel/{head}/recall@"))]
-            if not goals:
+            found = evaluator(part, whole_catalogue=head != "retrieval").numbers
+            quota = config.evaluation.quotas.get(head)
+            goals = (f"{head}/recall@{min(config.evaluation.k)}", f"funnel/{head}/recall@{quota}")
+            goal = next((name for name in goals if name in found), None)
+            if goal is None:
                 raise ConfigError(f"--choose-fusion {head}: name it in evaluation.whole_catalogue or evaluation.quotas")
-            tried.append((found[goals[0]], goals[0], fusion))
+            tried.append((found[goal], goal, fusion))
         if rank() == 0:
+            if part in config.data.train:
+                print(f"on {part}, which the run was trained on: choose with a run that was not")
             for value, name, fusion in sorted(tried, key=lambda trial: trial[0]):
                 said = ", ".join(f"{task}: {weight:g}" for task, weight in fusion.items())
                 print(f"{name} {value:.4f}  heads.{head}.fusion={{{said}}}")

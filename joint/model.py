@@ -28,6 +28,7 @@ class JointModel(nn.Module):
         self.encoders = nn.ModuleDict({name: HistoryEncoder(reading, plan) for name, reading in plan.readings.items()})
         self.heads = nn.ModuleDict({name: self._build(name, head) for name, head in heads_of(config).items()})
         self.reads_only = frozenset(config.sharing.stop_gradient)
+        self.gated = frozenset(name for name, head in self.heads.items() if routing(head))
         self.frequency = StreamingFrequency(plan.schema.items) if plan.pool_spaces - {"corpus"} else None
 
     def _build(self, name: str, head: Retrieval | PreRanking | Ranking) -> nn.Module:
@@ -80,7 +81,7 @@ class JointModel(nn.Module):
                 logits, gated = head(request, item, row)
                 output = self._scattered(logits, chosen, batch)
                 output.features = _scatter(gated, chosen, len(batch.item))
-        if self.training and routing(head):
+        if self.training and name in self.gated:
             output.expected_l0 = expected_l0(head)
         return output
 
@@ -92,21 +93,21 @@ class JointModel(nn.Module):
         names = [self.plan.reading_name(head, e) for e in self.plan.head_encoders(head, per_candidate=False)]
         for name in names:
             if name not in encoded:
-                encoded[name] = self.encoders[name](self._source(own, rows), batch)
-        return [self._spared(head, encoded[name]) for name in names]
+                encoded[name] = self.encoders[name](self._source(name, own, rows), batch)
+        return [self._spared(head, name, encoded[name]) for name in names]
 
     def _attended(self, head: str, own: Rows, rows: Rows, batch: Batch, chosen: Tensor) -> list[Tensor]:
         """The head's encoders that give one vector a candidate."""
         names = [self.plan.reading_name(head, e) for e in self.plan.head_encoders(head, per_candidate=True)]
-        return [self._spared(head, self.encoders[name](self._source(own, rows), batch, chosen)) for name in names]
+        vectors = [self.encoders[name](self._source(name, own, rows), batch, chosen) for name in names]
+        return [self._spared(head, name, encoding) for name, encoding in zip(names, vectors, strict=True)]
 
-    def _source(self, own: Rows, rows: Rows) -> Rows:
+    def _source(self, reading: str, own: Rows, rows: Rows) -> Rows:
         """What an encoder reads: a shared one learns for all its heads, a head's own one is that head's alone."""
-        return rows if self.plan.config.sharing.mode == "tables_and_encoders" else own
+        return rows if len(self.plan.readers[reading]) > 1 else own
 
-    def _spared(self, head: str, encoding: Tensor) -> Tensor:
-        shared = self.plan.config.sharing.mode == "tables_and_encoders"
-        return encoding.detach() if shared and head in self.reads_only else encoding
+    def _spared(self, head: str, reading: str, encoding: Tensor) -> Tensor:
+        return encoding.detach() if len(self.plan.readers[reading]) > 1 and head in self.reads_only else encoding
 
     def _scattered(self, logits: Tensor, chosen: Tensor, batch: Batch) -> HeadOutput:
         computed = torch.zeros_like(batch.item, dtype=torch.bool)

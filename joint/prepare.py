@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
 def summary(out: Path, schema: Schema) -> str:
     """What was made, in three lines."""
     requests = ", ".join(f"{schema.requests(split):,} {split}" for split in SPLITS)
-    features = ", ".join(f"{f.name} ({f.size:,})" for f in schema.features)
+    features = ", ".join(f.name + (f" ({f.size:,})" if f.kind in ("id", "ids") else "") for f in schema.features)
     return f"{out}: {schema.items:,} items; requests: {requests}\nfeatures (ids): {features}\nhash {schema.hash}"
 
 

@@ -29,6 +29,7 @@ def opening(
     requests = sum(schema.requests(part) for part in config.data.train)
     rows = sum(table.rows for table in plan.tables)
     table_bytes = sum(table.rows * table.dim * 4 for table in plan.tables)
+    trained = {objective.head for objective in config.objectives.values()}
     dense = sum(p.numel() for name, p in model.named_parameters() if "embeddings." not in name)
     begin = f"resuming after step {progress.step}" if progress.step else "starting"
     return "\n".join(
@@ -38,6 +39,7 @@ def opening(
             f"heads {', '.join(heads_of(config))}; {len(plan.tables)} tables of {rows:,} rows "
             f"({table_bytes / 2**20:.1f} MiB), {dense:,} dense parameters; {begin}",
             *_aligned(_cost_cells(costs)),
+            *(f"no objective trains the {head} head" for head in heads_of(config) if head not in trained),
         ]
     )
 

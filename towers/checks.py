@@ -41,7 +41,9 @@ def check_choice(name: str, value: str, *choices: str) -> None:
 
 
 def check_fusion(weights: Mapping[str, float]) -> None:
-    """Raise ValueError for a task's weight that is not a finite number."""
+    """Raise ValueError for a task's weight that is not a finite number, and where all are 0."""
     for task, weight in weights.items():
         if not math.isfinite(weight):
             raise ValueError(f"fusion weight of {task} must be finite, got {weight}")
+    if weights and not any(weights.values()):
+        raise ValueError("fusion weighs every task 0; nothing would order the candidates")

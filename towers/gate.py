@@ -22,8 +22,8 @@ class Gate:
     `alpha` is the largest weight, `hidden` the width of the hidden layer (None: as wide as what it weighs).
     Without `prior` the weights are read off the input (SDCL Eq 6). `prior` names fields that decide instead, beside
     them the input without gradient (PEPNet) unless `reads_input` is off (LHUC). In a head with a gate per side, a
-    side that has none of the prior fields reads its own input. `adds` is a placebo of equal parameters and cost: what
-    the two layers give is added to the input, and weighs nothing.
+    side that has none of the prior fields reads its own input, or with `reads_input` off has no gate. `adds` is a
+    placebo of equal parameters and cost: what the two layers give is added to the input, and weighs nothing.
     """
 
     alpha: float = 2.0
@@ -79,7 +79,7 @@ class GateUnit(nn.Module):
         self.weights = nn.Sequential(nn.Linear(seen_dim, hidden), nn.ReLU(), nn.Linear(hidden, in_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in_dim]` of `x [..., in_dim]`: each column times its weight in [0, alpha]."""
+        """`[..., in_dim]` of `x [..., in_dim]`: each column times its weight in [0, alpha], or the placebo's sum."""
         logits = self.weights(self.seen(x) if self.seen else x)
         return x + logits if self.adds else x * (self.alpha * logits.sigmoid())
 

@@ -104,6 +104,8 @@ class Snr:
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, "trans", "aver")
         check_counts(subnetworks=self.subnetworks)
+        if not math.isfinite(self.initial_log_alpha):
+            raise ValueError(f"initial_log_alpha must be finite, got {self.initial_log_alpha}")
         check_widths(hidden=self.hidden)
         check_dropout(self.dropout)
 
@@ -252,7 +254,7 @@ class HardConcrete(nn.Module):
         # The CPU generator reads 32 bits of a seed only, so they must be mixed into that many.
         key = zlib.crc32(f"{self.seed}/{self.name}/{self.layer}/{self.step}".encode())
         uniform = torch.rand(self.log_alpha.shape, generator=torch.Generator().manual_seed(key))
-        return torch.logit(uniform).to(self.log_alpha.device)
+        return torch.logit(uniform).to(self.log_alpha)
 
     def forward(self) -> Tensor:
         """The gates, shaped as `log_alpha` (destination, source)."""

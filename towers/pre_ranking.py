@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from towers.checks import FusionOf, check_choice, check_counts, check_fusion, check_widths
@@ -122,9 +123,14 @@ class MlpHead(nn.Module):
         check_prior(fields, gate=config.gate)
         self.request_dim = width_of(request_fields)
         self.both = _tower(config, fields=fields, out_dim=1, tasks=tasks, seed=seed)
+        self.joint = config.gate is not None or config.interaction is not None  # before the first layer
 
     def forward(self, request: Tensor, item: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `[N, T]` and the item side of the gated input `[N, item_dim]`."""
+        if not self.joint:  # the request's part of the first layer once a request
+            on_request, on_item = self.both.first.weight.split([self.request_dim, item.shape[1]], dim=1)
+            first = F.linear(request, on_request, self.both.first.bias).index_select(0, row) + F.linear(item, on_item)
+            return self.both.last(self.both.trunk(first)).squeeze(2), item
         gated = self.both.gate(torch.cat([request.index_select(0, row), item], dim=1))
         return self.both.after_gate(gated).squeeze(2), gated[:, self.request_dim :]
 

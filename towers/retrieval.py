@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,7 +24,8 @@ class Retrieval:
 
     The user tower may begin with a `gate` and an `interaction` and end in layers of each task (`task_hidden`, RRA
     4.2.4). `fusion` weighs the tasks' logits in the served score, which is one vector a user (RRA Eq 8); none named:
-    all 1.
+    all 1. `bias` learns a number per task that is added to the logits in training only, so that one similarity can
+    serve a softmax, which it leaves alone, and a binary loss.
     """
 
     features: tuple[str, ...]
@@ -35,6 +37,7 @@ class Retrieval:
     dim: int = 32
     similarity: Literal["dot", "cosine"] = "dot"
     temperature: float = 1.0
+    bias: bool = False
     fusion: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -64,6 +67,7 @@ class RetrievalHead(nn.Module):
             tasks=tasks,
             seed=seed,
         )
+        self.bias = nn.Parameter(torch.zeros(tasks)) if config.bias else None
         body = Mlp(width_of(item_fields), config.item_hidden)
         self.item = nn.Sequential(body, nn.Linear(body.out_dim, config.dim))
 
@@ -79,10 +83,10 @@ class RetrievalHead(nn.Module):
         vectors = self.item(item)
         return F.normalize(vectors, dim=-1) if self.config.similarity == "cosine" else vectors
 
-    @staticmethod
-    def logits(user: Tensor, item: Tensor, row: Tensor) -> Tensor:
+    def logits(self, user: Tensor, item: Tensor, row: Tensor) -> Tensor:
         """`[N, T]` of user vectors `[R, T, D]`, item vectors `[N, D]` and each candidate's request `[N]`."""
-        return (user.index_select(0, row) * item.unsqueeze(1)).sum(-1)
+        logits = (user.index_select(0, row) * item.unsqueeze(1)).sum(-1)
+        return logits + self.bias if self.bias is not None and self.training else logits
 
     @staticmethod
     def fused_vectors(user: Tensor, weights: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ class Tower(nn.Module):
         seed: int,
     ) -> None:
         super().__init__()
-        self.gate = GateUnit(gate, fields=fields) if gate else nn.Identity()
+        # A gate that reads nothing but its prior has nothing to go by where the prior is not.
+        reads = gate is not None and (gate.reads_input or any(name in fields for name in gate.prior))
+        self.gate = GateUnit(gate, fields=fields) if gate and reads else nn.Identity()
         crossing = build_interaction(interaction, fields=fields) if interaction else None
         self.interaction = crossing or nn.Identity()
         self.trunk = build_trunk(trunk, tasks=tasks, seed=seed)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from towers.gate import Gate
 from towers.interactions import Bilinear, DcnV2, Interaction, Pnn
-from towers.mixtures import Mmoe, SharedBottom, WideAndDeep
+from towers.mixtures import Mmoe, SharedBottom, Snr, WideAndDeep, build_trunk, set_step
 from towers.pre_ranking import MlpHead, PreRanking, TwoTowerHead, build_pre_ranking
 from towers.ranking import Ranking, RankingHead
 from towers.retrieval import Retrieval, RetrievalHead
@@ -32,7 +32,7 @@ PRE_RANKING = [
     PreRanking(**EVERYTHING, dim=4, gate=None),
     PreRanking(**EVERYTHING, dim=4, gate=PRIOR, interaction=Bilinear(dim=4)),
     PreRanking(**EVERYTHING, dim=4, kind="interaction"),
-    PreRanking(**EVERYTHING, dim=4, kind="interaction", gate=USER_PRIOR, interaction=Pnn(), cross_hidden=(6, 5)),
+    PreRanking(**EVERYTHING, dim=4, kind="interaction", gate=USER_PRIOR, interaction=Pnn(), cross_hidden=(8, 6)),
     PreRanking(**EVERYTHING, kind="mlp"),
     PreRanking(**EVERYTHING, kind="mlp", gate=PRIOR, interaction=DcnV2(rank=2)),
 ]
@@ -168,7 +168,8 @@ def test_the_sides_of_pre_ranking_stand_alone(config: PreRanking) -> None:
     torch.testing.assert_close(head.logits(user, items, ROW), out)
     torch.testing.assert_close(gated, head.item.gate(item))
     assert gated.shape == item.shape
-    assert torch.equal(gated, item) is (config.gate is None)
+    ungated = config.gate is None or config.gate == USER_PRIOR  # an item side without that prior has no gate
+    assert torch.equal(gated, item) is ungated
 
 
 def numpy_layers(layers: Any, task: int, x: np.ndarray) -> np.ndarray:
@@ -211,7 +212,9 @@ def test_mlp_pre_ranking_is_one_tower_over_both_sides() -> None:
 def test_each_sides_gate_reads_its_own_part_of_the_prior() -> None:
     head = make(PreRanking(features=(), trunk=TRUNK, gate=USER_PRIOR))
     assert head.user.gate.weights[0].in_features == 6  # user and age
-    assert head.item.gate.weights[0].in_features == 7  # SDCL's gate on its own input
+    assert isinstance(head.item.gate, nn.Identity)  # it reads the prior alone, and that is the user's
+    beside = make(PreRanking(features=(), trunk=TRUNK, gate=Gate(prior=("user", "age"))))
+    assert beside.item.gate.weights[0].in_features == 7  # SDCL's gate on its own input
     both = make(PreRanking(features=(), trunk=TRUNK, gate=PRIOR))
     assert both.user.gate.weights[0].in_features == 4 + 9
     assert both.item.gate.weights[0].in_features == 4 + 7
@@ -290,3 +293,28 @@ def test_a_field_is_on_one_side_only(config: Config) -> None:
 def test_head_configs_refuse(kind: type, wrong: dict) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))}"):
         kind(features=(), **wrong)
+
+
+@pytest.mark.parametrize("gate", [None, Gate()])
+def test_the_first_layer_of_a_joint_student_is_factored_where_no_gate_precedes_it(gate: Gate | None) -> None:
+    head, (request, item) = make(PreRanking(features=(), trunk=TRUNK, kind="mlp", gate=gate)), inputs()
+    x = head.both.gate(torch.cat([request[ROW], item], dim=1))
+    expected = head.both.last(head.both.trunk(head.both.first(x))).squeeze(2)
+    out, gated = head(request, item, ROW)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(gated, x[:, 9:])
+
+
+def test_a_retrieval_bias_is_of_training_only() -> None:
+    head, (request, item) = make(Retrieval(features=(), trunk=TRUNK, dim=4, bias=True)), inputs()
+    nn.init.constant_(head.bias, 1.5)
+    user, items = head.user_vectors(request), head.item_vectors(item)
+    served = head.eval().logits(user, items, ROW)
+    torch.testing.assert_close(head.train().logits(user, items, ROW), served + 1.5)
+
+
+@pytest.mark.parametrize("mode", ["trans", "aver"])
+def test_snr_trains_in_bfloat16(mode: Any) -> None:
+    trunk = build_trunk(Snr(mode=mode, subnetworks=2, hidden=(8, 8)), tasks=2).bfloat16()
+    set_step(trunk, 0)
+    assert trunk(torch.randn(3, trunk.width).bfloat16()).dtype == torch.bfloat16

@@ -225,8 +225,10 @@ def test_a_step_of_a_stopped_head_moves_no_row(configure, assemble, group):
     ("overrides", "says"),
     [
         (["sharing.stop_gradient=[retrieval, pre_ranking, ranking]"], "names every head; nothing would train the"),
-        (["sharing.stop_gradient=[retrieval]"], "only retrieval reads encoder rated_sequence; nothing would train it"),
-        (["sharing.stop_gradient=[ranking]"], "only ranking reads encoder rated_attention; nothing would train it"),
+        (
+            ["sharing.stop_gradient=[retrieval, pre_ranking]", "heads.ranking.features=[user_id, item_id]"],
+            "only pre_ranking and retrieval read encoder liked_mean; nothing would train it",
+        ),
         (["sharing.mode=none", "sharing.stop_gradient=[ranking]"], "with mode none nothing is shared"),
         (["sharing.stop_gradient=[rankings]"], "did you mean ranking?"),
         (["heads.ranking=", "sharing.stop_gradient=[ranking]"], "sharing.stop_gradient: no head 'ranking'"),

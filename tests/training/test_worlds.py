@@ -24,7 +24,7 @@ from joint.distributed import process_group
 from joint.evaluation import evaluator_of
 from joint.features import Plan
 from joint.fusion import fuse
-from joint.measure import reference_of
+from joint.measure import choose_fusion, reference_of
 from joint.task import build_task
 from joint.train import main
 
@@ -63,6 +63,15 @@ def test_the_true_reward_stands_beside_what_others_would_earn(runs: Path) -> Non
     log = (runs / "first" / "train.log").read_text()
     assert "true_reward@10" in log
     assert "oracle" in log
+
+
+def test_fusion_weights_of_every_head_are_tried(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for head in ("pre_ranking", "ranking"):
+        choose_fusion(runs / "first", head, None, ["evaluation.k=[50, 10]"])
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert len(lines) == 15
+        assert {line[0] for line in lines} == {f"{head}/recall@10"}
+        assert len({line[1] for line in lines}) > 3
 
 
 def test_a_reference_is_another_s_teacher(runs: Path, world: Path) -> None:
