@@ -306,7 +306,9 @@ def test_the_first_layer_of_a_joint_student_is_factored_where_no_gate_precedes_i
 
 
 def test_a_retrieval_bias_is_of_training_only() -> None:
-    head, (request, item) = make(Retrieval(features=(), trunk=TRUNK, dim=4, bias=True)), inputs()
+    config = Retrieval(features=(), trunk=TRUNK, dim=4, bias=True)
+    head = RetrievalHead(config, request_fields=REQUEST, item_fields=ITEM, tasks=3, seed=0).double()
+    request, item = inputs()
     nn.init.constant_(head.bias, 1.5)
     user, items = head.user_vectors(request), head.item_vectors(item)
     served = head.eval().logits(user, items, ROW)
