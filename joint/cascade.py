@@ -1,18 +1,27 @@
-"""The funnel: each head keeps its best candidates and hands them to the next. Ragged, no loop over requests."""
+"""The funnel: each head keeps its best candidates and hands them to the next. Ragged, no loop over requests.
+
+`python -m joint.cascade RUN [--split test] [evaluation.quotas={...}]` says what survives each stage, what the ten that
+are served are worth where that is known, and at what cost.
+"""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from joint.commands import run_command
 from joint.data.planted.truth import LIST, Truth
 from joint.data.ragged import Ragged
 from joint.data.requests import Requests
 from joint.metrics import PerRequest
 from joint.ranks import order_within, positions, request_sums
+from joint.schema import SPLITS
+from joint.versions import check_versions
 
 
 def top_k(scores: Tensor, offsets: Tensor, k: int) -> Tensor:
@@ -68,3 +77,22 @@ def true_favourites(
     for head, alive in stages.items():
         left = request_sums(torch.from_numpy(favourite) & alive.cpu(), offsets)
         yield f"funnel/{head}/true_favourites", PerRequest.of(left, wanted)
+
+
+def main() -> int:
+    """Print the funnel of a run; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="joint.cascade", description="What survives each stage of a run's funnel.")
+    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of evaluation.* and heads.HEAD.fusion only")
+    parser.add_argument("--split", choices=SPLITS, help="default: the config's evaluation.test")
+    arguments = parser.parse_intermixed_args()
+    check_versions()
+    # Imported only now: with a wrong combination of versions this import fails, and less clearly.
+    from joint.measure import show_funnel
+
+    show_funnel(arguments.run, arguments.split, arguments.overrides)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -29,6 +30,14 @@ def run_command(main: Callable[[], int]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        print(f"{error.filename or 'a file'}: cannot be written ({os.strerror(error.errno)})", file=sys.stderr)
+        return 2
     except Exception as error:
         if "TORCHELASTIC_ERROR_FILE" in os.environ:  # a crash: torchrun shows the first one's message
             from torch.distributed.elastic.multiprocessing.errors import ErrorHandler

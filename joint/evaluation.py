@@ -189,6 +189,12 @@ class Evaluator:
             everything = np.zeros((len(requests), self.items), bool)
             everything[:, self.eligibility.corpus] = free
             found |= dict(true_favourites(self.truth, requests, items, everything, stages))
+        if "ranking" in scores:
+            favourite = top_k(scores["ranking"], batch.offsets, LIST)
+            wanted_too = request_sums(favourite, batch.offsets)[: len(requests)]
+            for head, alive in stages.items():
+                kept_too = request_sums(favourite & alive, batch.offsets)[: len(requests)]
+                found[f"funnel/{head}/teacher_favourites"] = PerRequest.of(kept_too, wanted_too)
         for head, alive in stages.items():
             quota = self.config.evaluation.quotas[head]
             left = request_sums(alive & relevant, batch.offsets)[: len(requests)]

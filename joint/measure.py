@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from joint import checkpoint
+from joint.cost import head_costs
 from joint.data.assemble import Assembler
 from joint.data.dataset import Dataset
 from joint.distributed import process_group, rank
@@ -19,14 +21,24 @@ from joint.evaluation import Evaluator, evaluator_of
 from joint.experiment import Config
 from joint.features import Plan
 from joint.fit import check_against
+from joint.model import JointModel
 from joint.run import RunDirectory, write_metrics
-from joint.summary import table
+from joint.summary import funnel_table, table
 from joint.task import build_task
 
 
+class Opened(NamedTuple):
+    """A run's newest checkpoint, ready to be measured."""
+
+    run: RunDirectory
+    evaluator: Evaluator
+    model: JointModel
+    step: int
+
+
 @contextmanager
-def open_model(path: Path, overrides: Sequence[str]) -> Iterator[tuple[RunDirectory, Evaluator, int]]:
-    """A run's newest checkpoint, ready to be measured, and its step.
+def open_model(path: Path, overrides: Sequence[str]) -> Iterator[Opened]:
+    """A run's newest checkpoint.
 
     Raises:
         ConfigError: an override is of something that training depends on.
@@ -45,7 +57,7 @@ def open_model(path: Path, overrides: Sequence[str]) -> Iterator[tuple[RunDirect
             raise CheckpointError(f"{run.checkpoints}: no complete checkpoint in it; train the run first")
         evaluator = evaluator_of(model, Assembler(plan, dataset), device)
         evaluator.reference = reference_of(config, dataset, device)
-        yield run, evaluator, progress.step
+        yield Opened(run, evaluator, model.module.dense.model, progress.step)
 
 
 def reference_of(config: Config, dataset: Dataset, device: torch.device) -> Evaluator | None:
@@ -73,7 +85,7 @@ def evaluate_run(path: Path, split: str | None, overrides: Sequence[str] = ()) -
 
     The test part writes eval.json, unless something was overridden.
     """
-    with open_model(path, overrides) as (run, evaluator, step):
+    with open_model(path, overrides) as (run, evaluator, _, step):
         config = evaluator.config
         split = split or config.evaluation.test
         found = evaluator.full(split)
@@ -84,6 +96,23 @@ def evaluate_run(path: Path, split: str | None, overrides: Sequence[str] = ()) -
             print(f"{run.path}, step {step}, on {split}{seen}:\n{table(config, found.numbers)}")
 
 
+def show_funnel(path: Path, split: str | None, overrides: Sequence[str] = ()) -> None:
+    """Print what survives each stage of a run's funnel, what the served ten are worth, and what a request costs.
+
+    Raises:
+        ConfigError: the config has no quotas, and so no funnel.
+    """
+    with open_model(path, overrides) as (run, evaluator, model, step):
+        config, split = evaluator.config, split or evaluator.config.evaluation.test
+        if not config.evaluation.quotas:
+            raise ConfigError(f"{run.path}: evaluation.quotas names no stage, so there is no funnel")
+        found = evaluator(split, whole_catalogue=False).numbers
+        costs = head_costs(model)
+        if rank() == 0:
+            print(f"{run.path}, step {step}, on {split}:")
+            print(funnel_table(config, found, costs, corpus=len(evaluator.eligibility.corpus)))
+
+
 def choose_fusion(path: Path, head: str, split: str | None, overrides: Sequence[str] = ()) -> None:
     """Measure a head under a grid of its tasks' weights, and print what each gives, the best last (RRA's w_serve).
 
@@ -92,7 +121,7 @@ def choose_fusion(path: Path, head: str, split: str | None, overrides: Sequence[
     Raises:
         ConfigError: there is no such head, or one task only, or no recall is measured of it.
     """
-    with open_model(path, overrides) as (_, evaluator, _):
+    with open_model(path, overrides) as (_, evaluator, *_):
         config = evaluator.config
         if head not in evaluator.heads or len(config.tasks) < 2:
             raise ConfigError(f"--choose-fusion {head}: expected a head of {', '.join(evaluator.heads)}, and two tasks")

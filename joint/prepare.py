@@ -25,7 +25,8 @@ def parser() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(prog="joint.prepare", description="Turn logs into a dataset.")
     sources = command.add_subparsers(dest="source", required=True, metavar="SOURCE")
     for name, (source, about) in SOURCES.items():
-        source.add_arguments(sources.add_parser(name, help=about, description=source.__doc__))
+        form = argparse.RawDescriptionHelpFormatter
+        source.add_arguments(sources.add_parser(name, help=about, description=source.__doc__, formatter_class=form))
     return command
 
 
@@ -38,7 +39,12 @@ def summary(out: Path, schema: Schema) -> str:
 
 def main() -> int:
     """Prepare the named source; returns the exit code."""
-    arguments = parser().parse_args()
+    command = parser()
+    arguments, rest = command.parse_known_args()
+    if rest and not (hasattr(arguments, "overrides") and all("=" in text and text[0] != "-" for text in rest)):
+        command.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse takes a list of positionals from one place only
+        arguments.overrides += rest
     source, _ = SOURCES[arguments.source]
     print(summary(arguments.out, source.prepare(arguments)))
     return 0

@@ -88,6 +88,29 @@ def table(config: Config, found: Mapping[str, float]) -> str:
     return "\n".join([*_aligned(lines), *_funnel_lines(config, found)])
 
 
+def funnel_table(config: Config, found: Mapping[str, float], costs: Mapping[str, Cost], *, corpus: int) -> str:
+    """Stage by stage: what it scores and keeps, whose favourites are left, the worth of its own ten, what it costs.
+
+    Multiply-adds of a request: the user side, and for every candidate what is left to do when items are cached.
+    """
+    columns = ["positives", "teacher_favourites", "true_favourites", f"true_reward@{LIST}"]
+    lines = [["", "scores", "keeps", "multiply-adds", *columns]]
+    scored = corpus
+    for head, quota in config.evaluation.quotas.items():
+        price = costs[head].request + scored * costs[head].candidate
+        names = [f"funnel/{head}/recall@{quota}", *(f"funnel/{head}/{name}" for name in columns[1:3])]
+        cells = [_cell(found.get(name, math.nan)) for name in [*names, f"{head}/{columns[3]}"]]
+        lines.append([head, f"{scored:,}", f"{quota:,}", f"{price:,}", *cells])
+        scored = quota
+    blank = ["", "", "", "-", "-", "-"]
+    whose = ["funnel", *(name for name in found if name.startswith("baselines/") and name.endswith(columns[3]))]
+    for name in whose:
+        value = found.get(f"funnel/{columns[3]}" if name == "funnel" else name, math.nan)
+        lines.append([name.removeprefix("baselines/").partition("/")[0], *blank, _cell(value)])
+    known = [i for i in range(len(lines[0])) if i < 4 or any(line[i] != "-" for line in lines[1:])]
+    return "\n".join(_aligned([[line[i] for i in known] for line in lines]))
+
+
 def _funnel_lines(config: Config, found: Mapping[str, float]) -> list[str]:
     stages = [
         (head, quota, found.get(f"funnel/{head}/recall@{quota}")) for head, quota in config.evaluation.quotas.items()

@@ -24,7 +24,7 @@ from joint.distributed import process_group
 from joint.evaluation import evaluator_of
 from joint.features import Plan
 from joint.fusion import fuse
-from joint.measure import choose_fusion, reference_of
+from joint.measure import choose_fusion, reference_of, show_funnel
 from joint.task import build_task
 from joint.train import main
 
@@ -63,6 +63,22 @@ def test_the_true_reward_stands_beside_what_others_would_earn(runs: Path) -> Non
     log = (runs / "first" / "train.log").read_text()
     assert "true_reward@10" in log
     assert "oracle" in log
+
+
+def test_the_funnel_of_a_run_in_print(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show_funnel(runs / "first", None)
+    out = capsys.readouterr().out
+    one, rows = found(runs, "first"), {line.split()[0]: line.split() for line in out.splitlines()[3:]}
+    assert rows["retrieval"][1:3] == ["600", "40"]
+    assert rows["ranking"][1:3] == ["20", "10"]
+    for head, quota in (("retrieval", 40), ("pre_ranking", 20), ("ranking", 10)):
+        names = [f"funnel/{head}/recall@{quota}", f"funnel/{head}/teacher_favourites", f"funnel/{head}/true_favourites"]
+        assert rows[head][4:] == [f"{one[name]:.4f}" for name in [*names, f"{head}/true_reward@10"]]
+    assert rows["funnel"][-1] == f"{one['funnel/true_reward@10']:.4f}"
+    assert rows["oracle"][-1] == f"{one['baselines/oracle/true_reward@10']:.4f}"
+    cost = json.loads((runs / "first" / "metrics.jsonl").read_text().splitlines()[0])
+    expected = cost["cost/retrieval/request"] + 600 * cost["cost/retrieval/candidate"]
+    assert rows["retrieval"][3] == f"{int(expected):,}"
 
 
 def test_fusion_weights_of_every_head_are_tried(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from joint.data.dataset import DatasetWriter
 from joint.data.planted.draw import START, World, draw_world
@@ -49,9 +50,7 @@ MATURES = 8.0  # days until DWM is known: the request's own and seven more
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `joint.prepare simulate`."""
     parser.add_argument("out", type=Path, help="folder of the dataset, made by this command")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="right after OUT, any parameter of docs/simulate.md"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any parameter of docs/simulate.md")
     parser.add_argument("--world", choices=WORLDS, default="biased", help="how wrong the incumbent's taste is")
     parser.add_argument("--seed", type=int, default=0, help="which draw of that world (default 0)")
     parser.add_argument("--size", choices=SIZES, default="small", help="of users, items, requests (default small)")
@@ -66,9 +65,9 @@ def prepare(arguments: argparse.Namespace) -> Schema:
         raise ConfigError(f"--seed is {arguments.seed}; expected 0 or more")
     flags = [f"{name}={getattr(arguments, name)}" for name in FLAGS if getattr(arguments, name) is not None]
     parameters = parameters_of(arguments.world, arguments.size, [*flags, *arguments.overrides])
-    return simulate(
-        arguments.out, parameters, seed=arguments.seed, world=arguments.world, overwrite=arguments.overwrite
-    )
+    named = parameters.systematic == WORLDS[arguments.world]
+    world = arguments.world if named else ""
+    return simulate(arguments.out, parameters, seed=arguments.seed, world=world, overwrite=arguments.overwrite)
 
 
 def parameters_of(world: str, size: str, overrides: Sequence[str] = ()) -> Parameters:
@@ -98,7 +97,7 @@ def simulate(
     ceilings: dict[str, float] = {}
     with writer:
         writer.items(simulation.world.catalogue)
-        for day in range(p.days):
+        for day in tqdm(range(p.days), desc="days", disable=None):
             split = {p.days - 2: "valid", p.days - 1: "test"}.get(day, "train")
             requests, reward = simulation.serve_day(day, whole=split != "train")
             writer.add(without_day(requests), day=str(np.datetime64(START + day, "D")), split=split)

@@ -335,6 +335,8 @@ def zipf_choice(rng: np.random.Generator, kinds: int, size: int, exponent: float
 def top(scores: np.ndarray, k: int) -> np.ndarray:
     """Columns of the k highest scores of each row, highest first; among equals the earlier. int64 [R, min(k, n)]."""
     k = min(k, scores.shape[1])
+    if not k:
+        return np.zeros((len(scores), 0), np.int64)
     if k == scores.shape[1]:
         return np.argsort(-scores, axis=1, kind="stable")
     threshold = -np.partition(-scores, k - 1, axis=1)[:, k - 1 : k]
