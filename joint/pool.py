@@ -49,7 +49,7 @@ def sampled_pool(vectors: Tensor, batch: Batch, frequency: StreamingFrequency, d
 
 def _place(items: Tensor, wanted: Tensor) -> Tensor:
     """Where each of `wanted` is among the ascending `items`; -1 if nowhere."""
-    place = torch.searchsorted(items, wanted).clamp(max=max(len(items) - 1, 0))
+    place = torch.searchsorted(items, wanted.contiguous()).clamp(max=max(len(items) - 1, 0))
     return place.where(items[place] == wanted, -1) if len(items) else torch.full_like(wanted, -1)
 
 

@@ -13,6 +13,7 @@ from joint.data.ragged import draw
 from joint.schema import NEVER, SPLITS, Schema, day_number, first_day_column
 
 SECONDS_A_DAY = 86_400
+LEFT_OUT = ("immature_label",)  # training leaves these out by itself: noted, no leaks
 # Check -> what it counts.
 CHECKS = {
     "exposed_among_negatives": "exposed items are also among the negatives of their own request",
@@ -27,6 +28,7 @@ CHECKS = {
     "exposure_in_two_splits": "exposures (user, item, time) are in an evaluation split too",
     "later_than_evaluation": "requests are later than the first request of a later split",
     "duplicate_request_id": "requests repeat an id of the same split",
+    "split_column": "requests have another split in their column `split` than in dataset.json",
 }
 
 
@@ -77,6 +79,20 @@ class Leaks:
         order = list(CHECKS)
         return sorted(self._leaks.values(), key=lambda leak: (order.index(leak.check), leak.file))
 
+    def leaks(self) -> list[Leak]:
+        """All but those of LEFT_OUT, in the same order."""
+        return [leak for leak in self.all() if leak.check not in LEFT_OUT]
+
+    def notes(self) -> list[Leak]:
+        """What checks of LEFT_OUT found, over all files: one entry a check, with the first file's first."""
+        by_check = {name: [leak for leak in self.all() if leak.check == name] for name in LEFT_OUT}
+        return [_over_files(found) for found in by_check.values() if found]
+
+
+def _over_files(found: list[Leak]) -> Leak:
+    more = f" and {len(found) - 1} more files" if len(found) > 1 else ""
+    return replace(found[0], file=found[0].file + more, count=sum(leak.count for leak in found))
+
 
 def time_limits(schema: Schema) -> dict[str, int]:
     """Split -> the time at which evaluation begins for it: the first request of the later splits.
@@ -97,6 +113,7 @@ def time_limits(schema: Schema) -> dict[str, int]:
 def check_chunk(chunk: Chunk, limits: Mapping[str, int]) -> Iterator[Found]:
     """Everything that one request, or its file's split, can tell."""
     schema = chunk.dataset.schema
+    yield _split_column(chunk)
     yield _exposed_among_negatives(chunk)
     yield _candidates_too_early(chunk, "exposure_before_first_day", chunk.exposed)
     yield _candidates_too_early(chunk, "candidate_before_first_day", ~chunk.exposed)
@@ -107,6 +124,15 @@ def check_chunk(chunk: Chunk, limits: Mapping[str, int]) -> Iterator[Found]:
         yield _later_than_evaluation(chunk, limit)
         if chunk.part.split == "train":
             yield from (_immature_labels(chunk, label, days, limit) for label, days in schema.matures_after.items())
+
+
+def _split_column(chunk: Chunk) -> Found:
+    splits = chunk.requests.scalars("split")
+    return found(
+        "split_column",
+        np.flatnonzero(splits != chunk.part.split),
+        lambda i: f"request {chunk.ids[i]}: {splits[i]}; dataset.json says {chunk.part.split}",
+    )
 
 
 def check_catalogue(dataset: Dataset) -> Iterator[Found]:

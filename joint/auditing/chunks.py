@@ -19,7 +19,7 @@ USER = "user_id"  # the request feature that says who asked
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some requests of one file, with their timed histories; N candidates of R requests."""
+    """Some requests of one file, with their timed histories and `split`; N candidates of R requests."""
 
     dataset: Dataset
     part: Part
@@ -82,4 +82,4 @@ def chunks(dataset: Dataset, part: Part) -> Iterator[Chunk]:
     starts = np.cumsum([0, *part.groups])[:-1] // CHUNK
     for number in np.unique(starts):
         groups = np.flatnonzero(starts == number).tolist()
-        yield Chunk(dataset, part, dataset.read(part, groups, further=times))
+        yield Chunk(dataset, part, dataset.read(part, groups, further=[*times, "split"]))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from joint.auditing.checks import CHECKS, Leaks, Seen, check_catalogue, check_chunk, time_limits, unchecked
+from joint.auditing.checks import CHECKS, LEFT_OUT, Leaks, Seen, check_catalogue, check_chunk, time_limits, unchecked
 from joint.auditing.chunks import chunks
 from joint.auditing.counts import LABEL_COUNTS, Counts, missing
 from joint.auditing.spaces import gaps, item_codes, newcomers, overlaps
@@ -35,7 +35,8 @@ def audit(dataset: Dataset, *, sample: int | None = None) -> Report:
         "dataset": {"name": schema.name, "path": str(dataset.directory), "hash": schema.hash, "items": schema.items}
         | {"sample": sample, "requests": {split: schema.requests(split) for split in SPLITS}},
         "checks": _checks(dataset, leaks),
-        "leaks": [vars(leak) | {"line": str(leak)} for leak in leaks.all()],
+        "leaks": [vars(leak) | {"line": str(leak)} for leak in leaks.leaks()],
+        "notes": [vars(note) | {"line": str(note)} for note in leaks.notes()],
         "rows": _rows(counts),
         "labels": _labels(counts),
         "long_tail": _long_tails(counts),
@@ -83,11 +84,12 @@ def _checks(dataset: Dataset, leaks: Leaks) -> dict[str, Report]:
     """Per check: what it counts, how many were found, and what could not be checked."""
     notes = unchecked(dataset)
     counts = {name: sum(leak.count for leak in leaks.all() if leak.check == name) for name in CHECKS}
+    wrong = {name: "note" if name in LEFT_OUT else "leak" for name in CHECKS}
     return {
         name: {
             "counts": what,
             "found": counts[name],
-            "status": "leak" if counts[name] else "not checked" if name in notes else "clean",
+            "status": wrong[name] if counts[name] else "not checked" if name in notes else "clean",
             "note": notes.get(name, ""),
         }
         for name, what in CHECKS.items()

@@ -38,6 +38,7 @@ def _verdict(found: dict[str, Any]) -> Iterator[str]:
         yield "</ul>"
     else:
         yield '<p class="clean">None found.</p>'
+    yield from (f"<p>Note: {html.escape(note['line'])}</p>" for note in found["notes"])
     yield _table([{"check": name.replace("_", " "), **check} for name, check in found["checks"].items()])
 
 

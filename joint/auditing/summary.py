@@ -1,11 +1,11 @@
-"""What an audit says in the terminal: the leaks, a line each, then the dataset in some thirty lines."""
+"""What an audit says in the terminal: every leak, a line each, then the dataset in some thirty lines."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-LINES = 8  # shown, as of labels; the rest is in audit.json
+LABELS = 8  # shown; the rest are in audit.json
 MOST = 3  # features or pairs of spaces named in a line
 
 
@@ -33,9 +33,8 @@ def _verdict(found: dict[str, Any]) -> Iterator[str]:
     clean = sum(check["status"] == "clean" for check in checks.values())
     found_ = f"{len(leaks)} finding{'s' * (len(leaks) > 1)}" if leaks else "none found"
     yield f"leakage: {found_}; {clean} of {len(checks)} checks are clean"
-    yield from (f"  LEAK {leak['line']}" for leak in leaks[:LINES])
-    if len(leaks) > LINES:
-        yield f"  ... and {len(leaks) - LINES} more, in audit.json"
+    yield from (f"  LEAK {leak['line']}" for leak in leaks)
+    yield from (f"  note: {note['line']}" for note in found["notes"])
     notes: dict[str, list[str]] = {}
     for name in open_:
         notes.setdefault(checks[name]["note"], []).append(name)
@@ -55,7 +54,7 @@ def _sizes(found: dict[str, Any]) -> Iterator[str]:
 
 def _labels(found: dict[str, Any]) -> Iterator[str]:
     labels = list(dict.fromkeys(row["label"] for row in found["labels"]))
-    for label in labels[:LINES]:
+    for label in labels[:LABELS]:
         said = []
         for split in dict.fromkeys(row["split"] for row in found["labels"]):
             rows = [row for row in found["labels"] if (row["label"], row["split"]) == (label, split)]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from joint.audit import main
 from joint.auditing import chunks as audit_chunks
 from joint.auditing.checks import CHECKS, time_limits
 from joint.auditing.measure import Report, audit
@@ -130,6 +136,10 @@ def leaks(report: Report) -> dict[tuple[str, str], tuple[int, str]]:
     return {(leak["check"], leak["file"]): (leak["count"], leak["first"]) for leak in report["leaks"]}
 
 
+def notes(report: Report) -> dict[tuple[str, str], tuple[int, str]]:
+    return {(note["check"], note["file"]): (note["count"], note["first"]) for note in report["notes"]}
+
+
 def test_a_clean_log_passes(tmp_path: Path) -> None:
     report = audit(write(clean_log(), tmp_path / "log"))
     assert report["leaks"] == []
@@ -218,19 +228,6 @@ LEAKS: dict[Callable[[Log], None], dict[tuple[str, str], tuple[int, str]]] = {
         ("history_after_request", TRAIN_2): (1, f"request 3 at {at(1, 150)} has {at(1, 150)} in watched"),
         ("history_after_request", TEST): (2, f"request 5 at {at(9, 100)} has {at(9, 101)} in watched"),
     },
-    _immature: {
-        ("immature_label", TRAIN_2): (
-            1,
-            f"request 3: click is known at {at(2, 43_350)}, evaluation begins at {at(2, 150)}",
-        )
-    },
-    _immature_by_a_week: {
-        ("immature_label", TRAIN): (1, f"request 2: click is known at {at(7, 200)}, evaluation begins at {at(2, 150)}"),
-        ("immature_label", TRAIN_2): (
-            1,
-            f"request 3: click is known at {at(8, 150)}, evaluation begins at {at(2, 150)}",
-        ),
-    },
     _immature_but_unexposed: {("feedback_on_unexposed", TRAIN_2): (1, "request 3, item 0: click is 1")},
     _unexposed_feedback: {
         ("feedback_on_unexposed", TRAIN): (2, "request 1, item 1: click is 0"),
@@ -263,6 +260,70 @@ def test_exactly_that_leak_is_found(change: Callable[[Log], None], tmp_path: Pat
         assert leak["line"] == said
     if change is _exposed_negative:
         assert report["oddities"]["repeated_candidates"] == 3
+
+
+NOTES: dict[Callable[[Log], None], dict[tuple[str, str], tuple[int, str]]] = {
+    _immature: {
+        ("immature_label", TRAIN_2): (
+            1,
+            f"request 3: click is known at {at(2, 43_350)}, evaluation begins at {at(2, 150)}",
+        )
+    },
+    _immature_by_a_week: {
+        ("immature_label", f"{TRAIN} and 1 more files"): (
+            2,
+            f"request 2: click is known at {at(7, 200)}, evaluation begins at {at(2, 150)}",
+        ),
+    },
+}
+
+
+@pytest.mark.parametrize("change", NOTES, ids=lambda change: change.__name__)
+def test_what_training_leaves_out_is_one_note_a_check(change: Callable[[Log], None], tmp_path: Path) -> None:
+    log = clean_log()
+    change(log)
+    report = audit(write(log, tmp_path / "log"))
+    assert report["leaks"] == []
+    assert notes(report) == NOTES[change]
+    assert {name: check["status"] for name, check in report["checks"].items() if check["status"] != "clean"} == {
+        "immature_label": "note"
+    }
+
+
+def test_a_note_hides_no_leak_and_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = clean_log()
+    _immature_by_a_week(log)
+    dataset = write(log, tmp_path / "log")
+    monkeypatch.setattr(sys, "argv", ["joint.audit", str(dataset.directory)])
+    assert main() == 0
+    text = capsys.readouterr().out
+    assert text.startswith("leakage: none found; 12 of 13 checks are clean\n  note: ")
+    assert "LEAK" not in text
+    found = json.loads((dataset.directory / "audit" / "audit.json").read_text())
+    if find_spec("matplotlib"):
+        page = (dataset.directory / "audit" / "audit.html").read_text()
+        assert "None found." in page
+        assert f"<p>Note: {found['notes'][0]['line']}</p>" in page
+    log.rows[5].click = [1, 1]
+    dataset = write(log, tmp_path / "leaky")
+    monkeypatch.setattr(sys, "argv", ["joint.audit", str(dataset.directory)])
+    assert main() == 1
+    verdict, leak, note = capsys.readouterr().out.splitlines()[:3]
+    assert verdict == "leakage: 1 finding; 11 of 13 checks are clean"
+    assert leak.startswith(f"  LEAK {TEST}: 1 labels")
+    assert note.startswith(f"  note: {TRAIN} and 1 more files: 2 training labels")
+
+
+def test_the_column_split_is_held_against_the_schema(tmp_path: Path) -> None:
+    dataset = write(clean_log(), tmp_path / "log")
+    table = pq.read_table(dataset.directory / TRAIN, partitioning=None)
+    place = table.column_names.index("split")
+    changed = table.set_column(place, "split", pa.array(["train", "test"]))
+    pq.write_table(changed, dataset.directory / TRAIN)
+    report = audit(Dataset(dataset.directory))
+    assert leaks(report) == {("split_column", TRAIN): (1, "request 2: test; dataset.json says train")}
 
 
 def one_day(log: Log) -> Log:

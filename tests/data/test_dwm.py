@@ -213,6 +213,49 @@ def test_prepare_and_append(seed: int, own: bool, tmp_path: Path) -> None:
     assert labels(out) == whole
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_watch_log_that_reaches_beyond_the_last_day(seed: int, tmp_path: Path) -> None:
+    """Its later playbacks count for the exposures that are there, and once, however often they are read."""
+    log, watch = make(seed)
+    out = tmp_path / "out"
+    for day in range(4, 10):
+        known = [row for row in log if row["time"] - START < day * DAY]
+        new = known if day == 4 else [row for row in known if row["time"] - START >= (day - 1) * DAY]
+        prepare(new, watch, tmp_path / "days", out, append=day > 4)
+        assert labels(out) == expected(known, watch)
+
+
+def test_a_discovery_is_counted_once(tmp_path: Path) -> None:
+    def row(day: int, user: str) -> dict:
+        time = START + day * DAY - HOUR
+        return {"request": day, "user": user, "item": "i", "time": time, "click": 0, "watched": 0.0, "page": "home"}
+
+    watch = [{"user": "u", "item": "i", "time": START + 3 * DAY + HOUR, "watched": 5.0, "page": "home"}]
+    log = [row(1, "a"), row(2, "b"), row(3, "u")]
+    prepare(log, watch, tmp_path / "days", out := tmp_path / "out")
+    for day in (4, 5):
+        assert labels(out)[3, "i"] == 10
+        prepare([row(day, "a")], watch, tmp_path / "days", out, append=True)
+    assert labels(out)[3, "i"] == 10
+
+
+def test_the_logs_own_playbacks_after_midnight_are_kept(tmp_path: Path) -> None:
+    """A request of the last day may have rows after it; the next day's files do not have them again."""
+
+    def row(request: int, item: str, time: int, watched: float = 0) -> dict:
+        return {"user": "u", "click": 0, "page": "home", "request": request, "item": item, "time": START + time} | {
+            "watched": watched
+        }
+
+    first = [row(0, "a", 0), row(1, "b", DAY), row(2, "c", 3 * DAY - 60), row(2, "d", 3 * DAY + 60, 5)]
+    second = [row(3, "d", 3 * DAY + HOUR, 7)]
+    prepare(first, None, tmp_path / "days", out := tmp_path / "out")
+    assert labels(out)[2, "d"] == 10
+    prepare(second, None, tmp_path / "days", out, append=True)
+    assert labels(out)[2, "d"] == 24  # and what is watched in the second request is no discovery of its own
+    assert labels(out)[3, "d"] == 0
+
+
 def test_what_was_not_exposed_has_no_minutes(tmp_path: Path) -> None:
     log = [
         {"request": n, "user": "u", "item": item, "time": START + n * DAY, "click": 0, "watched": 3.0, "page": "home"}

@@ -249,11 +249,24 @@ def test_all_mistakes_of_a_map_at_once(tmp_path: Path) -> None:
 
 MISTAKES: dict[str, tuple[str, str]] = {
     "durations": ("gap: 3 hours", r":6: gap: expected a duration such as 0s, 30m, 12h or 7d, found '3 hours'"),
-    "run and gap": ("run: 3\ngap: 3h", "run: at least 1, and not together with gap"),
+    "run and gap": ("run: 3\ngap: 3h", "run: from 1 to 1000000, and not together with gap"),
     "run and request": ("run: 3\nrequest: r", "request: has its own column; run and gap are for logs without one"),
     "own name": ("histories: {group: {when: exposed}}", "histories.group: the dataset has a column of that name"),
     "name twice": ("histories: {click: {when: exposed}}", r"histories\.click: also in labels; choose another name"),
     "odd name": ("histories: {a b: {when: exposed}}", "expected a name of letters, digits and _"),
+    "space": (
+        "features: {f: {kind: id, space: ../../x}}",
+        r":6: features\.f\.space: expected a name of letters, digits",
+    ),
+    "long lag": ("lag: 99999999999999999999d", r":6: lag: expected a duration of at most 36500d, found '9{20}d'"),
+    "long gap": ("gap: 36501d", r":6: gap: expected a duration of at most 36500d, found '36501d'"),
+    "length": (
+        f"histories: {{h: {{when: exposed, length: {10**20}}}}}",
+        r"histories\.h: length must be from 1 to 1000000",
+    ),
+    "long run": (f"run: {10**20}", "run: from 1 to 1000000"),
+    "size": (f"features: {{f: {{kind: vector, size: {10**20}}}}}", "quantiles and size must be at most 1000000"),
+    "NaN edge": ("features: {f: {kind: bucket, edges: [.nan]}}", r"features\.f: edges must be finite and ascend"),
     "stage": ("stages: {flags: {expsoed: x}}", "expsoed is not a logged stage; did you mean exposed"),
     "random": ("stages: {flags: {random: x}}", "random is not a logged stage"),
     "half of stages": ("stages: {column: x}", "expected either flags, or column and values"),
@@ -289,6 +302,13 @@ def test_a_mistake_of_the_map(name: str, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"log.parquet", "map.yaml"}
 
 
+@pytest.mark.parametrize("wrong", ["matures_after: .nan", "matures_after: .inf", "matures_after: 1e9", "scale: .nan"])
+def test_a_label_of_no_finite_number(wrong: str, tmp_path: Path) -> None:
+    log = three_days(tmp_path, MINIMAL.replace("{click: click}", f"{{click: {{column: click, {wrong}}}}}"))
+    with pytest.raises(ConfigError, match=r":5: labels\.click: .*must be (from 0 to 36500|a finite number)$"):
+        prepare(log, tmp_path / "out")
+
+
 # --- mistakes of the files ------------------------------------------------------------------------------------------
 
 
@@ -318,7 +338,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "column twice": (
         lambda p: pq.write_table(pq.read_table(p).append_column("user", pa.array([1, 2, 3])), p),
-        "two columns user",
+        r"two columns user$",
     ),
     "words for numbers": (
         lambda p: pq.write_table(pq.read_table(p).set_column(3, "click", pa.array(["y", "n", "y"])), p),
@@ -356,32 +376,34 @@ NO_TEXT = pa.StringArray.from_buffers(3, pa.array([0, 1, 2, 3], pa.int32()).buff
 ROWS: dict[str, tuple[dict, str]] = {
     "not text": (
         {"user": NO_TEXT},
-        r"row 2: column user: found b'\\xff': expected a whole number below 2\^63 or UTF-8 text",
+        r"row 2: column user: found b'\\xff'; expected a whole number below 2\^63 or UTF-8 text",
     ),
     "beyond int64": (
         {"item": pa.array([1, 2**63, 3], pa.uint64())},
-        "row 2: column item: found 9223372036854775808: expected",
+        "row 2: column item: found 9223372036854775808; expected",
     ),
-    "half an item": ({"item": [1.0, 2.5, 3.0]}, r"row 2: column item: found 2\.5: expected a whole number below 2\^63"),
-    "NaN item": ({"item": pa.array([1.0, np.nan, 3.0])}, "row 2: column item: found nan: expected an id"),
-    "null item": ({"item": [1, None, 3]}, "row 2: column item: found null: expected an id"),
-    "all null": ({"item": pa.nulls(3)}, r"row 1: column item: found null: expected an id \(and 2 more such rows\)"),
+    "half an item": ({"item": [1.0, 2.5, 3.0]}, r"row 2: column item: found 2\.5; expected a whole number below 2\^63"),
+    "NaN item": ({"item": pa.array([1.0, np.nan, 3.0])}, "row 2: column item: found nan; expected an id"),
+    "null item": ({"item": [1, None, 3]}, "row 2: column item: found null; expected an id"),
+    "all null": ({"item": pa.nulls(3)}, r"row 1: column item: found null; expected an id \(and 2 more such rows\)"),
     "wrong unit": (
         {"time": [MONDAY * 1000] * 3},
         "row 1: column time: .*expected a time from 1990 to 2099; is its unit s",
     ),
-    "backwards": ({"time": [-MONDAY] * 3}, "row 1: column time: found -1704067200: expected a time from 1990"),
+    "backwards": ({"time": [-MONDAY] * 3}, "row 1: column time: found -1704067200; expected a time from 1990"),
     "long but not text": (
         {"user": NO_TEXT.cast(pa.large_string())},
-        "row 2: column user: found b'\\\\xff': expected a whole",
+        "row 2: column user: found b'\\\\xff'; expected a whole",
     ),
+    "infinite item": ({"item": [1.0, np.inf, 3.0]}, "row 2: column item: found inf; expected a whole number"),
     "a list of no text": (
         {"item": [1, 2, 3], "tags": pa.ListArray.from_arrays([0, 1, 2, 3], NO_TEXT)},
-        "row 2: column tags: found bytes that are no text: expected a list of whole numbers below",
+        "row 2: column tags: found bytes that are no text; expected a list of whole numbers below",
     ),
 }
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", ROWS)
 def test_a_bad_row(name: str, tmp_path: Path) -> None:
     columns, message = ROWS[name]
@@ -390,6 +412,44 @@ def test_a_bad_row(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"log\.parquet: {message}.*; --on-error skip leaves such rows out$"):
         prepare(log, tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_what_is_skipped_adds_up_by_column_and_kind(tmp_path: Path) -> None:
+    bad: dict[str, list] = {"user": [None, None, "bob"], "click": [0, 0, np.inf]}
+    columns = {name: [*column, *column] for name, column in bad.items()}
+    further = {"item": [1, 2, 3, 4, 5, 6], "time": [MONDAY] * 6}
+    three_days(tmp_path / "a")
+    files = [tmp_path / "a" / "log.parquet", write(tmp_path / "b", **further, **columns)]
+    schema = prepare(files, tmp_path / "out", skip=True)
+    assert schema.provenance["skipped"] == {
+        "column user: found null; expected an id": 4,
+        "column click: found NaN, infinity or too large a number; expected a finite number or null": 2,
+    }
+
+
+def test_a_bad_time_is_shown_as_one_reads_it(tmp_path: Path) -> None:
+    wrong = pa.array(["2124-04-01T10:30:00", "2024-01-02T00:00:00", "2024-01-03T00:00:00"])
+    text = MINIMAL.replace("{column: time, unit: s}", "time")
+    for zone in ("UTC", "Asia/Shanghai"):
+        log = three_days(tmp_path, text, time=wrong.cast(pa.timestamp("us")).cast(pa.timestamp("us", zone)))
+        at = "10:30:00+00:00" if zone == "UTC" else "18:30:00+08:00"
+        with pytest.raises(DataError, match=re.escape(f"column time: found 2124-04-01 {at}; expected a time")):
+            prepare(log, tmp_path / "out")
+
+
+def test_an_error_without_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(three_days(tmp_path), out := tmp_path / "out")
+    log = fourth_day(tmp_path)
+    opened = pq.ParquetFile
+
+    def fails(path: Path, **further: object) -> pq.ParquetFile:
+        if Path(path).parent.name == "state":
+            raise OSError("")
+        return opened(path, **further)
+
+    monkeypatch.setattr(pq, "ParquetFile", fails)
+    with pytest.raises(DataError, match=r"active\.parquet: cannot be read \(OSError\(''\)\)"):
+        prepare(log, out, append=True)
 
 
 STAMPS = [pa.timestamp("ms"), pa.timestamp("us"), pa.timestamp("ns"), pa.timestamp("us", "UTC")]
@@ -411,10 +471,12 @@ def test_every_kind_of_time(kind: pa.DataType, zone: str, tmp_path: Path) -> Non
         log = write(
             tmp_path, text, user=["a"] * 5, item=[1, 2, 3, 4, 5], time=pa.array(values, bits).cast(kind), click=[0] * 5
         )
-        with pytest.raises(DataError, match=r"row 1: column time: found .*: expected a time from 1990 to 2099"):
+        with pytest.raises(DataError, match=r"row 1: column time: found .*; expected a time from 1990 to 2099"):
             prepare(log, tmp_path / "stopped")
         schema = prepare(log, tmp_path / f"out{wrong}", skip=True)
-        assert schema.provenance["skipped"] == {"expected a time from 1990 to 2099": 2}
+        assert schema.provenance["skipped"] == {
+            f"column time: found {found}; expected a time from 1990 to 2099": 1 for found in ("null", "another time")
+        }
 
 
 def test_times_without_a_zone_when_clocks_change(tmp_path: Path) -> None:
@@ -523,10 +585,12 @@ def test_a_request_that_goes_on_after_midnight(tmp_path: Path) -> None:
         "click": [0, 0],
     }
     log = write(tmp_path, text, request=[3, 4], **columns)
-    with pytest.raises(DataError, match="found a request that the dataset holds already: expected new requests"):
+    with pytest.raises(DataError, match="found a request that the dataset holds already; expected new requests"):
         prepare(log, out, append=True)
     schema = prepare(log, out, append=True, skip=True)
-    assert schema.provenance["skipped"] == {"expected new requests; append whole ones": 1}
+    assert schema.provenance["skipped"] == {
+        "column request: found a request that the dataset holds already; expected new requests; append whole ones": 1
+    }
     assert Dataset(out).read_split("test").scalars("request_id").tolist() == [4]
 
 
@@ -626,13 +690,13 @@ def test_the_command_line(tmp_path: Path) -> None:
     log, out = three_days(tmp_path, click=[1, 0, np.nan]), tmp_path / "out"
     done = command(log, log, out, "--map", tmp_path / "map.yaml")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"{log}: row 3: column click: found nan: expected a finite number or null;")
+    assert done.stderr.startswith(f"{log}: row 3: column click: found nan; expected a finite number or null;")
     assert len(done.stderr.splitlines()) == 1
     done = command(log, log, out, "--map", tmp_path / "map.yaml", "--on-error", "skip", "--set", "splits.valid_days=0")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[:2] == [
-        "skipped 2 rows: expected a finite number or null",
-        "skipped 2 rows: expected it once",
+        "skipped 2 rows: column click: found NaN, infinity or too large a number; expected a finite number or null",
+        "skipped 2 rows: column item: found a second row of this user, item and time; expected it once",
     ]
     done = command(log, out, "--map", tmp_path / "map.yaml")
     assert (done.returncode, done.stderr) == (2, f"{out}: exists already; choose another folder or say --overwrite\n")

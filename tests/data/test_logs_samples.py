@@ -60,7 +60,8 @@ def test_kuairand(kuairand: tuple[Dataset, Problems]) -> None:
     dataset, problems = kuairand
     raw = pq.read_table(KUAIRAND / "events.parquet", filters=pc.field("is_like") == 1).to_pandas()
     once = raw.drop_duplicates(["user_id", "item_id", "timestamp_ms"])
-    assert dict(problems.counts) == ({"expected it once": len(raw) - len(once)} if len(once) < len(raw) else {})
+    twice = "column item_id: found a second row of this user, item and time; expected it once"
+    assert dict(problems.counts) == ({twice: len(raw) - len(once)} if len(once) < len(raw) else {})
     parts = [dataset.read(part) for part in dataset.schema.parts]
     assert sum(len(part.lists("candidates").values) for part in parts) == len(once)
     assert sum(part.lists("click").values.sum() for part in parts) == once.is_click.sum()

@@ -56,7 +56,7 @@ def by_hand(batch: Batch, head, columns: dict[int, float]) -> tuple[float, int]:
         total = total + weight * (scores.logsumexp(0) - scores[kept.index(item)])
         count += 1
         assert where[item] == places[item]
-    return float(total), count
+    return total.item(), count
 
 
 def items_of(head, batch: Batch) -> list[int]:
@@ -94,7 +94,7 @@ def test_random_items_are_shared_by_all_requests_of_a_batch(step):
         scores = torch.stack([vectors[places[i]] @ user for i in [item, *kept]])
         total = total + (1.0 if batch.positive[n, 0] else 0.5) * (scores.logsumexp(0) - scores[0])
         count += 1
-    torch.testing.assert_close(term.total[0].double().item(), float(total), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(term.total[0].double().item(), total.item(), rtol=1e-5, atol=1e-4)
     assert term.count.item() == count
 
 

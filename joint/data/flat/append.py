@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from joint.data.dataset import Dataset, DatasetWriter, write_part
+from joint.data.flat.files import reason
 from joint.data.flat.map import LogMap, seconds
 from joint.data.ragged import draw
 from joint.data.requests import Requests, from_arrow, to_arrow
@@ -111,8 +112,7 @@ def _opened(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path}: cannot be read ({reason}); the dataset cannot be appended to") from error
+        raise DataError(f"{path}: cannot be read ({reason(error)}); the dataset cannot be appended to") from error
 
 
 def open_old(out: Path, m: LogMap) -> Old:
@@ -132,7 +132,7 @@ def open_old(out: Path, m: LogMap) -> Old:
     try:
         return Old(out, schema, json.loads(path.read_text()))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); the dataset cannot be appended to") from error
+        raise DataError(f"{path}: cannot be read ({reason(error)}); the dataset cannot be appended to") from error
 
 
 def _key(line: str) -> str:
@@ -162,18 +162,17 @@ def take_over(old: Old, writer: DatasetWriter, split_of: Mapping[str, str], matu
             continue
         requests = old.read(part)
         columns = {name: column for name, column in requests.columns.items() if name != "split"}
-        columns |= {
-            name: requests.lists(name).with_values(_ripe(requests, name, of.found)) for name, of in ripe.items()
-        }
+        columns |= {name: requests.lists(name).with_values(_ripe(requests, name, of)) for name, of in ripe.items()}
         number = int(part.path.removesuffix(".parquet").rsplit("-", 1)[1])
         written = write_part(writer.temporary, Requests(columns), day=part.day, split=split, number=number)
         writer.parts.append(written)
 
 
-def _ripe(requests: Requests, name: str, found: Requests) -> np.ndarray:
-    """The label's values with the minutes found since; minutes only ever grow."""
-    items = requests.lists("candidates")
+def _ripe(requests: Requests, name: str, matured: Matured) -> np.ndarray:
+    """The label's values with the minutes found since; what a later exposure has got instead becomes 0."""
+    items, found = requests.lists("candidates"), matured.found
     values = requests.lists(name).values.copy()
+    values[(values > 0) & (requests.scalars("timestamp")[items.rows] > matured.since)] = 0
     if len(found):
         key = draw(requests.scalars("request_id")[items.rows], items.values)
         known = draw(found.scalars("request"), found.scalars("item"))

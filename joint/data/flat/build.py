@@ -74,7 +74,8 @@ class Builder:
         if (past := job.past[name].read(bucket)) is not None:
             parts.append(past)
         if (events := job.events[name].read(bucket)) is not None:
-            parts.append(self._events(name, events))
+            events = events.take(np.flatnonzero(events.scalars("time") < self.end * MICRO))
+            parts.append(self._events(name, events))  # later ones the next append reads again
         if rows is not None:
             chosen = rows.take(np.flatnonzero(matching(rows, history)))
             keys = {key: chosen.scalars(f"log.{key}") for key in KEYS}

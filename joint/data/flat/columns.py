@@ -18,6 +18,7 @@ from joint.data.requests import Column
 from joint.schema import STAGES, Stage
 
 PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
+BAD_ID = ("what is no id", "expected a whole number below 2^63 or UTF-8 text")  # found, expected
 MICRO = 1_000_000  # times are int64 microseconds since 1970 UTC
 EARLIEST, LATEST = (int(np.datetime64(day, "us").astype(np.int64)) for day in ("1990-01-01", "2100-01-01"))
 _AFTER_COARSE = reduce(or_, (stage for stage in Stage if stage >= Stage.RANKED))
@@ -41,12 +42,16 @@ class Rows:
         array = self.table.column(name).combine_chunks()
         return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
 
-    def reject(self, bad: np.ndarray, column: str, kind: str) -> None:
-        """Leave out the rows where `bad`, saying where the first is, what it holds, and `kind`: what was expected."""
+    def reject(self, bad: np.ndarray, column: str, found: str, expected: str) -> None:
+        """Leave out the rows where `bad`. Those that are skipped add up by what is `found` in them, in general words.
+
+        The message that ends the command has the value of the first of them instead.
+        """
         bad = bad & self.keep
         if bad.any():
             row = int(bad.argmax())
-            where = f"{self.file}: row {self.first + row + 1}: column {column}: found {shown(self.column(column)[row])}"
+            found = found if self.problems.skip else shown(self.column(column)[row])
+            where, kind = f"{self.file}: row {self.first + row + 1}", f"column {column}: found {found}; {expected}"
             self.keep &= ~bad
             self.problems.found(where, kind, int(bad.sum()))
 
@@ -54,7 +59,8 @@ class Rows:
 def shown(value: pa.Scalar) -> str:
     """A value as a message shows it."""
     try:
-        text = repr(value.as_py())
+        found = value.as_py()
+        text = repr(found) if isinstance(found, str | bytes) else str(found)  # of a time its digits
     except UnicodeDecodeError:
         is_list = pa.types.is_nested(value.type)
         text = "bytes that are no text" if is_list else repr(value.cast(pa.large_binary()).as_py())
@@ -74,9 +80,9 @@ def _nulls(array: pa.Array) -> np.ndarray:
 def ids(rows: Rows, name: str, vocabulary: Vocabulary, *, required: bool = False) -> np.ndarray:
     """Codes of a column of ids, int32; null is -1, or a bad row where an id is required."""
     array, bad = plain_ids(rows.column(name))
-    rows.reject(bad, name, "expected a whole number below 2^63 or UTF-8 text")
+    rows.reject(bad, name, *BAD_ID)
     if required:
-        rows.reject(_nulls(array), name, "expected an id")
+        rows.reject(_nulls(array), name, "null", "expected an id")
     return vocabulary.encode(array)
 
 
@@ -87,7 +93,7 @@ def plain_ids(array: pa.Array) -> tuple[pa.Array, np.ndarray]:
         return array, np.zeros(len(array), bool)
     if pa.types.is_floating(kind):  # what pandas makes of integers with gaps
         values = array.fill_null(0).to_numpy(zero_copy_only=False).astype(np.float64)
-        bad = ~((values % 1 == 0) & (np.abs(values) < 2**63)) & ~np.isnan(values)
+        bad = ~((values == np.floor(values)) & (np.abs(values) < 2**63)) & ~np.isnan(values)
         whole = np.where(bad | np.isnan(values), 0, values).astype(np.int64)
         return pa.array(whole, mask=bad | np.isnan(values) | _nulls(array)), bad
     if pa.types.is_uint64(kind):
@@ -127,9 +133,11 @@ def numbers(rows: Rows, name: str, *, missing: bool, scale: float = 1) -> np.nda
         missing: whether NaN means the same as null, as for features; a label that is NaN is a bad row.
     """
     array = rows.column(name)
-    values = array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False) * scale
+    with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite or NaN is bad
+        values = array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False) * scale
     bad = (np.abs(values) > np.finfo(np.float32).max) | (False if missing else np.isnan(values) & ~_nulls(array))
-    rows.reject(bad, name, "expected a finite number" + ("" if missing else " or null"))
+    found = "infinity or too large a number" if missing else "NaN, infinity or too large a number"
+    rows.reject(bad, name, found, "expected a finite number" + ("" if missing else " or null"))
     return np.where(bad, np.nan, values)
 
 
@@ -137,7 +145,7 @@ def flags(rows: Rows, name: str) -> np.ndarray:
     """A column of true / false or 1 / 0, bool."""
     array = rows.column(name).cast(pa.int64(), safe=False)  # of uint64 what is too large becomes negative
     values = array.fill_null(-1).to_numpy(zero_copy_only=False)
-    rows.reject((values != 0) & (values != 1), name, "expected true or false (1 or 0)")
+    rows.reject((values != 0) & (values != 1), name, "another value", "expected true or false (1 or 0)")
     return values == 1
 
 
@@ -152,8 +160,9 @@ def times(rows: Rows, time: Time, zone: str, *, required: bool = True) -> np.nda
         micro = _from_timestamps(array, zone)
     absent = _nulls(array)
     wrong = (micro < EARLIEST) | (micro >= LATEST)
-    kind = "expected a time from 1990 to 2099" + (f"; is its unit {time.unit}?" if time.unit else "")
-    rows.reject(wrong if required else wrong & ~absent, time.column, kind)
+    expected = "expected a time from 1990 to 2099" + (f"; is its unit {time.unit}?" if time.unit else "")
+    rows.reject(wrong & ~absent, time.column, "another time", expected)
+    rows.reject(absent & required, time.column, "null", expected)
     return np.where(wrong, 0, micro)
 
 
@@ -208,11 +217,11 @@ def stages_of(rows: Rows, stages: Stages | str) -> np.ndarray:
         meanings = [reduce(or_, (STAGES[stage] for stage in of), Stage(0)) for of in stages.values.values()]
         known = place.fill_null(len(meanings)).to_numpy(zero_copy_only=False)
         bad |= known == len(meanings)
-        rows.reject(bad, column, f"expected one of {', '.join(stages.values)}")
+        rows.reject(bad, column, "another value", f"expected one of {', '.join(stages.values)}")
         found = np.array([*meanings, 0], np.uint16)[known]
-    rows.reject(found == 0, column, "expected at least one stage to be set in the row")
+    rows.reject(found == 0, column, "no stage", "expected at least one stage to be set in the row")
     for some, others, expected in CONTRADICTIONS:
-        rows.reject(((found & some) != 0) & ((found & others) != 0), column, expected)
+        rows.reject(((found & some) != 0) & ((found & others) != 0), column, "contradictory stages", expected)
     return found
 
 
@@ -247,7 +256,8 @@ def _id_lists(rows: Rows, name: str, vocabulary: Vocabulary) -> Ragged:
     values, bad = plain_ids(values)
     lists = Ragged(vocabulary.encode(values), offsets_of(lengths))
     wrong = np.bincount(lists.rows, bad, minlength=len(lists)) > 0
-    rows.reject(wrong, name, "expected a list of whole numbers below 2^63 or of UTF-8 texts")
+    expected = "expected a list of whole numbers below 2^63 or of UTF-8 texts"
+    rows.reject(wrong, name, "a list with what is no id", expected)
     return lists.keep(lists.values >= 0)
 
 
@@ -256,7 +266,8 @@ def _vectors(rows: Rows, name: str, size: int) -> Ragged:
     lists = Ragged(values.cast(pa.float32()).to_numpy(zero_copy_only=False), offsets_of(lengths))
     wrong = np.bincount(lists.rows, ~np.isfinite(lists.values), minlength=len(lists)) > 0
     absent = _nulls(rows.column(name))
-    rows.reject(wrong | ((lengths != size) & ~absent), name, f"expected a list of {size} finite numbers or null")
+    bad = wrong | ((lengths != size) & ~absent)
+    rows.reject(bad, name, "another list", f"expected a list of {size} finite numbers or null")
     good = lengths == size
     filled = np.zeros((len(lists), size), np.float32)
     filled[good & ~wrong] = lists.take(np.flatnonzero(good & ~wrong)).values.reshape(-1, size)

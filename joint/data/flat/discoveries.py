@@ -74,7 +74,8 @@ class Discoveries:
     def _keep(self, played: Requests) -> None:
         """Put down the first playbacks, and those that may still count for an exposure that is not mature.
 
-        By words, not ids: a watch log also holds items that no request has shown yet, and that have no id.
+        By words, not ids: a watch log also holds items that no request has shown yet, and that have no id. What it
+        holds of later days the next append reads again; the log's own rows after midnight are read but once.
         """
         by = [played.scalars(key) for key in ("exploring", "minutes", "time", "item", "user")]
         played = played.take(np.lexsort(by))
@@ -83,6 +84,8 @@ class Discoveries:
         first = (place == 0) | (user != np.roll(user, 1)) | (item != np.roll(item, 1))
         kept = time == time[np.maximum.accumulate(np.where(first, place, 0))]
         kept |= time > mature(self.name, self.job.m, self.end)
+        if self.of.watch_log:
+            kept &= time < self.end
         played = played.take(np.flatnonzero(kept))
         words = {key: self.words[key].take(played.scalars(key)) for key in ("user", "item")}
         self.state.write(played, **words)

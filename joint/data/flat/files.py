@@ -68,10 +68,11 @@ def _tables(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
         for batch in pq.ParquetFile(path).iter_batches(BATCH, columns=columns):
             yield pa.Table.from_batches([batch])
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({_reason(error)}); expected a whole Parquet file") from error
+        raise DataError(f"{path}: cannot be read ({reason(error)}); expected a whole Parquet file") from error
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """The first line of its message, or its name if it has none."""
     return (str(error).splitlines() or [repr(error)])[0]
 
 
@@ -93,19 +94,20 @@ def open_source(files: Sequence[str | Path], wanted: Sequence[Wanted], tree: Tre
         schema = file.schema_arrow
         for want in wanted:
             if schema.names.count(want.column) != 1:
-                times = "two columns" if want.column in schema.names else "no column"
-                wrong[want.path, f"{path} has {times} {want.column}{near_miss(want.column, schema.names)}"] = None
+                missing = f"no column {want.column}{near_miss(want.column, schema.names)}"
+                found = f"two columns {want.column}" if want.column in schema.names else missing
+                wrong[want.path, f"{path} has {found}"] = None
                 continue
-            found = schema.field(want.column).type
-            family = _family(found, want.role)
+            kind = schema.field(want.column).type
+            family = _family(kind, want.role)
             if family is None:
-                message = f"{path}: column {want.column} has {found}; expected {EXPECTED[want.role]}"
+                message = f"{path}: column {want.column} has {kind}; expected {EXPECTED[want.role]}"
                 wrong[want.path, message] = None
                 continue
             before, where = first.setdefault((want.column, want.role), (family, path)) if family else ("", path)
             if family and family != before:
                 raise DataError(
-                    f"{path}: column {want.column} has {family} values ({found}); {where} has {before} values"
+                    f"{path}: column {want.column} has {family} values ({kind}); {where} has {before} values"
                 )
             if family:
                 families[want.column] = family
@@ -119,7 +121,7 @@ def _opened(path: Path) -> pq.ParquetFile:
     except FileNotFoundError as error:
         raise DataError(f"{path}: not found; expected a Parquet file") from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a whole Parquet file ({_reason(error)})") from error
+        raise DataError(f"{path}: not a whole Parquet file ({reason(error)})") from error
 
 
 def _family(kind: pa.DataType, role: Role) -> str | None:

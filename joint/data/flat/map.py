@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -16,9 +17,12 @@ from joint.sources import find
 
 T = TypeVar("T")
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+MOST_DAYS = 36_500
+MOST = 1_000_000  # of a list, a run, a vector or buckets
 COMPARISONS: dict[str, str] = {">=": "ge", "<=": "le", "==": "eq", ">": "gt", "<": "lt"}
 _CONDITION = re.compile(r"(\w+)\s*(>=|<=|==|>|<)\s*(-?\d+(?:\.\d+)?)")
 _NAME = re.compile(r"[A-Za-z_]\w*")
+_NAMED = "expected a name of letters, digits and _"
 _OWN_COLUMNS = (
     *("request_id", "timestamp", "day", "split", "group", "user_id", "candidates", "stages"),
     *("item_id", "first_day"),
@@ -29,7 +33,9 @@ def seconds(duration: str) -> int:
     """The seconds of a duration such as 30m, 12h or 7d; ValueError for anything else."""
     if not re.fullmatch(r"\d+[smhd]", duration):
         raise ValueError(f"expected a duration such as 0s, 30m, 12h or 7d, found '{duration}'")
-    return int(duration[:-1]) * UNITS[duration[-1]]
+    if len(duration) > 12 or (found := int(duration[:-1]) * UNITS[duration[-1]]) > MOST_DAYS * UNITS["d"]:
+        raise ValueError(f"expected a duration of at most {MOST_DAYS}d, found '{duration}'")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +89,10 @@ class Label:
     def __post_init__(self) -> None:
         if (self.column is None) == (self.discovery is None):
             raise ValueError("expected either column or discovery")
-        if self.matures_after is not None and self.matures_after < 0:
-            raise ValueError("matures_after must be at least 0")
+        if not math.isfinite(self.scale):
+            raise ValueError("scale must be a finite number")
+        if self.matures_after is not None and not 0 <= self.matures_after <= MOST_DAYS:
+            raise ValueError(f"matures_after must be from 0 to {MOST_DAYS}")
 
     @property
     def days(self) -> float:
@@ -110,14 +118,18 @@ class LogFeature:
     def __post_init__(self) -> None:
         if (self.kind == "bucket") != (bool(self.edges) != (self.quantiles > 1)) or (self.edges and self.quantiles):
             raise ValueError("edges or quantiles (2 or more): exactly a bucket has one of them")
-        if list(self.edges) != sorted(set(self.edges)):
-            raise ValueError("edges must ascend")
+        if not all(map(math.isfinite, self.edges)) or list(self.edges) != sorted(set(self.edges)):
+            raise ValueError("edges must be finite and ascend")
+        if max(self.quantiles, self.size) > MOST:
+            raise ValueError(f"quantiles and size must be at most {MOST}")
         if (self.kind == "vector") != (self.size > 0):
             raise ValueError("size: exactly a vector has a length, 1 or more")
         if self.normalise != "none" and self.kind != "float":
             raise ValueError("normalise: only a float has it")
         if self.space and self.kind not in ("id", "ids"):
             raise ValueError("space: only id and ids have it")
+        if self.space and not _NAME.fullmatch(self.space):  # it becomes the name of a file
+            raise ValueError(f"space: {_NAMED}")
         if self.of == "event" and self.kind not in ("id", "float", "bucket"):
             raise ValueError("kind: of an event id, float or bucket")
 
@@ -146,8 +158,8 @@ class LogHistory:
     def __post_init__(self) -> None:
         if not (self.when or self.file):
             raise ValueError("expected when, file or both")
-        if self.length < 1:
-            raise ValueError("length must be at least 1")
+        if not 1 <= self.length <= MOST:
+            raise ValueError(f"length must be from 1 to {MOST}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,8 +224,8 @@ class LogMap:
         _collect([partial(_at, key, seconds, value) for key, value in durations.items()])
         if self.request and (self.run or self.gap):
             raise ValueError("request: has its own column; run and gap are for logs without one")
-        if (self.run and self.gap) or (self.run is not None and self.run < 1):
-            raise ValueError("run: at least 1, and not together with gap")
+        if (self.run and self.gap) or (self.run is not None and not 1 <= self.run <= MOST):
+            raise ValueError(f"run: from 1 to {MOST}, and not together with gap")
 
     @property
     def columns(self) -> dict[str, Label]:
@@ -274,7 +286,7 @@ def _mistakes(m: LogMap) -> list[tuple[str, str]]:
     for section, entries in sections.items():
         for name in entries:
             if not _NAME.fullmatch(name):
-                found.append((f"{section}.{name}", "expected a name of letters, digits and _"))
+                found.append((f"{section}.{name}", _NAMED))
             elif section != "pools" and name in taken:
                 clash = f"also in {taken[name]}" if taken[name] else "the dataset has a column of that name"
                 found.append((f"{section}.{name}", f"{clash}; choose another name"))

@@ -134,7 +134,7 @@ def _build(job: Job, tables: Mapping[str, Sequence[Requests]], writer: DatasetWr
     end = end_of(last_day, m.timezone)
     note_tables(job, items, users, last_day)
     for vocabulary in vocabularies.values():
-        vocabulary.finish()
+        vocabulary.finish(last_day)
     if not isinstance(m.group, str) and vocabularies["group"].size > MOST_GROUPS:
         raise DataError(f"group.column: {vocabularies['group'].size - 1} groups; expected at most {MOST_GROUPS - 1}")
     days = sorted(job.days | {day_number(part.day) for part in old.schema.parts}) if old else sorted(job.days)

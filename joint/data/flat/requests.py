@@ -129,20 +129,20 @@ class Gather:
         differs[same[np.unique(mine.rows[mine.values != its.values])]] = True
         return differs
 
-    def _drop_requests(self, rows: Requests, bad: np.ndarray, column: str, found: str, kind: str) -> Requests:
+    def _drop_requests(self, rows: Requests, bad: np.ndarray, column: str, found: str, expected: str) -> Requests:
         """Without the requests of bad rows."""
         request = rows.scalars("log.request")
-        return self._drop(rows, np.isin(request, request[bad]), column, found, kind, at=bad)
+        return self._drop(rows, np.isin(request, request[bad]), column, found, expected, at=bad)
 
     def _drop(
-        self, rows: Requests, bad: np.ndarray, column: str, found: str, kind: str, *, at: np.ndarray | None = None
+        self, rows: Requests, bad: np.ndarray, column: str, found: str, expected: str, *, at: np.ndarray | None = None
     ) -> Requests:
         """Without the bad rows; the message is about the first of them in the log (or of the rows `at`)."""
         if not bad.any():
             return rows
         source = int(rows.scalars("log.source")[bad if at is None else at].min())
         file, row = self.files[source >> ROW_BITS], source & ((1 << ROW_BITS) - 1)
-        self.problems.found(f"{file}: row {row + 1}: column {column}: found {found}", kind, int(bad.sum()))
+        self.problems.found(f"{file}: row {row + 1}", f"column {column}: found {found}; {expected}", int(bad.sum()))
         return rows.take(np.flatnonzero(~bad))
 
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from joint.data.flat.columns import (
+    BAD_ID,
     Rows,
     days_of,
     feature_values,
@@ -60,6 +61,7 @@ def read_log(
             rows.reject(
                 keys["log.day"] <= last_day,
                 name,
+                "an earlier time",
                 f"expected a time after {day_name(last_day)}, the last day that the dataset holds",
             )
         columns["log.source"] = (number << ROW_BITS) + rows.first + np.arange(len(rows.table))
@@ -127,7 +129,7 @@ def read_table(
         good = np.flatnonzero(rows.keep)
         twice = seen[key]
         twice[good] |= pd.Series(key[good]).duplicated().to_numpy()
-        rows.reject(twice, table.key, f"expected each of the {section} once")
+        rows.reject(twice, table.key, "an id for the second time", f"expected each of the {section} once")
         seen[key[rows.keep]] = True
         batches.append(_good(rows, columns))
     return batches
@@ -150,8 +152,8 @@ def _keys(
 def request_ids(rows: Rows, name: str) -> np.ndarray:
     """Request ids as int64: integers as they are, strings as a hash of 64 bits."""
     array, bad = plain_ids(rows.column(name))
-    rows.reject(bad, name, "expected a whole number below 2^63 or UTF-8 text")
-    rows.reject(array.is_null().to_numpy(zero_copy_only=False), name, "expected a request id")
+    rows.reject(bad, name, *BAD_ID)
+    rows.reject(array.is_null().to_numpy(zero_copy_only=False), name, "null", "expected a request id")
     if pa.types.is_integer(array.type):
         return array.fill_null(0).to_numpy(zero_copy_only=False)
     words = array.cast(pa.string()).fill_null("").dictionary_encode()
@@ -172,18 +174,17 @@ def _labels(rows: Rows, m: LogMap) -> dict[str, Column]:
 
 def _watched(rows: Rows, of: Discovery, scale: float) -> dict[str, np.ndarray]:
     minutes = numbers(rows, of.minutes, missing=False, scale=scale)
-    rows.reject(minutes < 0, of.minutes, "expected minutes of at least 0")
+    rows.reject(minutes < 0, of.minutes, "less than 0", "expected minutes of at least 0")
     words, bad = plain_ids(rows.column(of.collection))
-    rows.reject(bad, of.collection, "expected a whole number below 2^63 or UTF-8 text")
+    rows.reject(bad, of.collection, *BAD_ID)
     exploring = pc.is_in(words.cast(pa.string()), pa.array(of.exploring, pa.string()))
     return {"minutes": np.nan_to_num(minutes), "exploring": exploring.to_numpy(zero_copy_only=False)}
 
 
 def _places(rows: Rows, name: str) -> np.ndarray:
     values = np.nan_to_num(numbers(rows, name, missing=True), nan=-1)
-    rows.reject(
-        (values % 1 != 0) | (values < -1) | (values >= 2**15), name, "expected a place from 0 to 32767, or null"
-    )
+    bad = (values % 1 != 0) | (values < -1) | (values >= 2**15)
+    rows.reject(bad, name, "another number", "expected a place from 0 to 32767, or null")
     return values.clip(-1, 2**15 - 1).astype(np.int16)
 
 

@@ -53,10 +53,10 @@ class Vocabulary:
         """The word of every code."""
         return pa.array(list(self.codes))
 
-    def finish(self) -> None:
-        """Give ids to the new words that were seen."""
+    def finish(self, last_day: int) -> None:
+        """Give ids to the new words that were seen up to this day."""
         words = list(self.codes)
-        new = np.flatnonzero(self.first_day[self.known :] < NEVER) + self.known
+        new = np.flatnonzero(self.first_day[self.known :] <= last_day) + self.known
         order = sorted(new.tolist(), key=lambda code: (self.first_day[code], words[code]))
         self.ids = np.zeros(len(words), np.int64)
         self.ids[: self.known] = np.arange(1, self.known + 1)

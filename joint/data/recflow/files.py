@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from joint.data.problems import Problems
 from joint.errors import DataError
 from joint.schema import Stage, day_number
 
@@ -60,13 +61,28 @@ class Day:
 
     @property
     def identity(self) -> list[object]:
-        """What tells an unchanged file: its place, size and time of change."""
-        stat = self.path.stat()
+        """What tells an unchanged file: its place, size and time of change; DataError if it cannot be looked at."""
+        try:
+            stat = self.path.stat()
+        except OSError as error:  # a link to nowhere, or to itself
+            raise DataError(f"{self.path}: cannot be read ({error.strerror})") from error
         return [str(self.path.absolute()), stat.st_size, stat.st_mtime_ns]
 
-    def where(self, column: str, row: int, found: object) -> str:
-        """File, column (or `STAGES`), row (from 0) and what stands there."""
-        return f"{self.path}, {column if column == STAGES else f'column {column}'}, row {row} ({found})"
+    def report(
+        self, problems: Problems, place: tuple[str, int], value: object, kind: str, expected: str, rows: int
+    ) -> None:
+        """Tell of `rows` wrong rows: of the first what stands there, or if they are skipped the kind alone.
+
+        Args:
+            place: column (or `STAGES`), and row (from 0; told from 1) of the first.
+            value, kind: what was found there, and in words without numbers, so that rows of a kind add up.
+        """
+        name, row = place
+        column = name if name == STAGES else f"column {name}"
+        if problems.skip:
+            problems.found(str(self.path), f"{column}: found {kind}; expected {expected}", rows)
+        else:
+            problems.found(f"{self.path}: {column}, row {row + 1}", f"found {value}; expected {expected}", rows)
 
 
 def find_days(root: Path, chosen: str = "") -> tuple[list[Day], list[str]]:
@@ -105,7 +121,8 @@ def find_days(root: Path, chosen: str = "") -> tuple[list[Day], list[str]]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    files = {path.stem: path for path in sorted(folder.glob("*.feather"))}
+    # Hidden ones are no days: macOS leaves a `._NAME` beside a NAME on other systems' disks.
+    files = {path.stem: path for path in sorted(folder.glob("*.feather")) if not path.name.startswith(".")}
     for stem, path in files.items():
         _check_day(stem, f"{path}: ")
     return files
@@ -172,7 +189,7 @@ def _reader(day: Day, source: pa.NativeFile) -> tuple[pa.ipc.RecordBatchFileRead
         options = pa.ipc.IpcReadOptions(included_fields=needed, use_threads=False)
         return pa.ipc.open_file(source, options=options), {name: needed.index(i) for name, i in places.items()}
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{day.path}: not a whole Feather file ({str(error).splitlines()[0]})") from error
+        raise DataError(f"{day.path}: not a whole Feather file ({_reason(error)})") from error
 
 
 def _places(day: Day, schema: pa.Schema) -> dict[str, int]:
@@ -184,12 +201,12 @@ def _places(day: Day, schema: pa.Schema) -> dict[str, int]:
         raise DataError(f"{day.path}: no column {', '.join(missing)}; found: {', '.join(schema.names)}")
     twice = [name for name in COLUMNS if names.count(name) > 1]
     if twice:
-        raise DataError(f"{day.path}: column {', '.join(twice)} occurs twice (spaces stripped); expected it once")
+        raise DataError(f"{day.path}: column {', '.join(twice)}: found twice (spaces stripped); expected once")
     places = {name: names.index(name) for name in COLUMNS if name in names}
     for name, place in places.items():
         kind = schema.field(place).type
         if not (pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
-            raise DataError(f"{day.path}, column {name}: type {kind}; expected integers")
+            raise DataError(f"{day.path}: column {name}: found type {kind}; expected integers")
     return places
 
 
@@ -198,6 +215,12 @@ def _batch(path: Path, reader: pa.ipc.RecordBatchFileReader, number: int) -> pa.
         batch = reader.get_batch(number)
         batch.validate(full=True)
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path}: record batch {number} cannot be read ({reason}); is the file whole?") from error
+        raise DataError(
+            f"{path}: record batch {number + 1} cannot be read ({_reason(error)}); is the file whole?"
+        ) from error
     return batch
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error says, or its name."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from joint.data.dataset import DatasetWriter
 from joint.data.problems import Problems
 from joint.data.recflow.catalogue import TIMES, Catalogue, merge_videos
 from joint.data.recflow.files import CONTEXT, FEEDBACK, ORDERS, Day, find_days
-from joint.data.recflow.records import REQUEST, append, event_record, load
+from joint.data.recflow.records import REQUEST, append, count, event_record, load
 from joint.data.recflow.scan import scan_day
 from joint.data.recflow.work import in_parallel, recorded, tidy
 from joint.data.recflow.write import WINDOW, DayPlan, active_days, days_active, group_edges, newest_events, write_day
@@ -33,6 +34,18 @@ from joint.schema import SPLITS, Feature, History, Part, Schema, Stage
 
 CITATION = """RecFlow: Qi Liu, Kai Zheng, Rui Huang, et al. 2025. RecFlow: An Industrial Full Flow Recommendation
 Dataset. International Conference on Learning Representations. Licensed by its authors for non-commercial use."""
+
+
+@dataclass(frozen=True)
+class ScanPlan:
+    """A day to scan, and where to."""
+
+    day: Day
+    folder: Path
+    key: list[object]  # the inputs
+    competitors: int
+    skip: bool
+    elsewhere: tuple[int, ...] = ()  # request ids that another day has
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +110,7 @@ def prepare_recflow(
     """
     writer = DatasetWriter(out, overwrite=overwrite, keep=True)  # refuses OUT before anything is read
     chosen, warnings = find_days(source, days)
-    splits = _splits(source, chosen, *held_out)
+    _splits(source, [day for day in chosen if day.logged], *held_out)  # too few days are said before they are read
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     with writer:
@@ -106,16 +119,16 @@ def prepare_recflow(
         problems = _scan(chosen, state, competitors, jobs, skip)
         for line in problems.lines():
             print(line, file=sys.stderr, flush=True)
+        asked = [day for day in chosen if day.logged and count(_folder(state, day) / "requests", REQUEST)]
+        splits = _splits(source, asked, *held_out)
         catalogue = _merge(chosen, state)
         columns, item_features, changed = catalogue.build()
         edges, sizes = _users(chosen, splits, state, history, competitors)
         writer.parts += _write(chosen, splits, writer.temporary, (history, competitors, edges), jobs)
-        if not writer.parts:
-            raise DataError(f"{source}: no request is left; expected days of all_stage with rows that can be read")
         writer.items(columns)
         provenance = {
             "source": str(source),
-            "days": [day.day for day in chosen if day.logged],
+            "days": list(splits),
             "days_of_exposures_only": [day.day for day in chosen if not day.logged],
             "skipped": dict(problems.counts),
             "videos_whose_features_change": changed,
@@ -128,14 +141,13 @@ def prepare_recflow(
 
 def _splits(source: Path, days: Sequence[Day], valid: int, test: int) -> dict[str, str]:
     """Day -> split, for the days that make requests."""
-    logged = [day.day for day in days if day.logged]
-    train = len(logged) - valid - test
+    train = len(days) - valid - test
     if train < 1:
         raise DataError(
-            f"{source}: {len(logged)} chosen days of all_stage; expected more than the {valid} of validation and "
-            f"{test} of test (--valid, --test)"
+            f"{source}: {len(days)} chosen days of all_stage have requests; expected more than the {valid} of "
+            f"validation and {test} of test (--valid, --test)"
         )
-    return dict(zip(logged, np.repeat(SPLITS, (train, valid, test)).tolist(), strict=True))
+    return dict(zip((day.day for day in days), np.repeat(SPLITS, (train, valid, test)).tolist(), strict=True))
 
 
 def _folder(state: Path, day: Day) -> Path:
@@ -147,39 +159,42 @@ def _scan_key(day: Day, competitors: int) -> list[object]:
 
 
 def _scan(days: Sequence[Day], state: Path, competitors: int, jobs: int, skip: bool) -> Problems:
-    """Scan the days that are not yet scanned; returns what was wrong with all of them."""
+    """Scan the days that are not yet scanned; returns what was wrong with all of them.
+
+    Days that have requests of each other are scanned again, to leave those out.
+    """
     problems = Problems(skip=skip)
-    counts = in_parallel(_scan_one, [(day, _folder(state, day), competitors, skip) for day in days], jobs, "scan")
+    plans = [ScanPlan(day, _folder(state, day), _scan_key(day, competitors), competitors, skip) for day in days]
+    counts = in_parallel(_scan_one, plans, jobs, "scan")
+    ids = [load(plan.folder / "requests", REQUEST)["request_id"] for plan in plans]
+    known, times = np.unique(np.concatenate(ids), return_counts=True)
+    repeated = [tuple(np.intersect1d(mine, known[times > 1]).tolist()) for mine in ids]
+    if any(repeated):
+        plans = [dataclasses.replace(plan, elsewhere=some) for plan, some in zip(plans, repeated, strict=True)]
+        counts = in_parallel(_scan_one, plans, jobs, "scan again")
     problems.counts = sum((Counter(day) for day in counts), Counter())
     return problems
 
 
-def _scan_one(task: tuple[Day, Path, int, bool]) -> dict[str, int]:
-    day, folder, competitors, skip = task
-
+def _scan_one(plan: ScanPlan) -> dict[str, int]:
     def work() -> dict[str, int]:
-        problems = Problems(skip=skip)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        scan_day(day, folder, competitors=competitors, problems=problems)
+        problems = Problems(skip=plan.skip)
+        shutil.rmtree(plan.folder, ignore_errors=True)
+        plan.folder.mkdir(parents=True)
+        elsewhere = np.array(plan.elsewhere, np.int64)
+        scan_day(plan.day, plan.folder, competitors=plan.competitors, problems=problems, elsewhere=elsewhere)
         return dict(problems.counts)
 
     # A day whose wrong rows were skipped has to be read again when they are not to be.
-    return recorded(
-        folder.with_suffix(".scanned"), _scan_key(day, competitors), work, lambda counts: skip or not counts
-    )
+    key = [*plan.key, *plan.elsewhere]
+    return recorded(plan.folder.with_suffix(".scanned"), key, work, lambda counts: plan.skip or not counts)
 
 
 def _merge(days: Sequence[Day], state: Path) -> Catalogue:
     folder = state / "catalogue"
     folder.mkdir(exist_ok=True)
     merge_videos([_folder(state, day) / "videos" for day in days], folder / "videos")
-    catalogue = Catalogue(folder)
-    if not len(catalogue):
-        raise DataError(
-            f"{days[0].path.parent.parent}: no row is left of {len(days)} days; expected some that are right"
-        )
-    return catalogue
+    return Catalogue(folder)
 
 
 def _users(
@@ -229,7 +244,7 @@ def _write(
             edges=edges,
         )
         for day in days
-        if day.logged
+        if day.day in splits
     ]
     done = in_parallel(_write_one, [(plan, [history, plan.split, inputs]) for plan in plans], jobs, "write")
     return [Part(**part | {"groups": tuple(part["groups"])}) for parts in done for part in parts]

@@ -14,6 +14,7 @@ from joint.schema import Stage
 
 CHUNK = 262_144  # rows checked at a time: RecFlow's own record batches are smaller
 HIGHEST_ID = 2**31 - 3  # raw id + 1 and the size of its table are int32
+OUTSIDE = "a number out of range"
 BINARY = ("a flag, 0 or 1", 0, 1)
 MILLISECONDS = ("milliseconds, 0 or more, in 31 bits", 0, 2**31 - 1)
 ID = ("an id, 0 or more, that fits in 31 bits", 0, HIGHEST_ID)
@@ -32,10 +33,10 @@ LIMITS: dict[str, tuple[str, int, int]] = {  # what is expected, lowest, highest
 EARLY = Stage.PRERANK_NEG | Stage.COARSE_NEG
 PAST = Stage.RANK_NEG | Stage.RERANK_NEG | Stage.RANK_POS | Stage.RERANK_POS | Stage.EXPOSED
 EXCLUSIVE = (
-    (EARLY, PAST, "cut before ranking, yet with a flag of a later stage"),
-    (Stage.PRERANK_NEG, Stage.COARSE_NEG, "both prerank_neg and coarse_neg"),
-    (Stage.RANK_POS, Stage.RANK_NEG, "both rank_pos and rank_neg"),
-    (Stage.RERANK_POS, Stage.RERANK_NEG, "both rerank_pos and rerank_neg"),
+    (EARLY, PAST, "a cut before ranking and a later stage"),
+    (Stage.PRERANK_NEG, Stage.COARSE_NEG, "prerank_neg and coarse_neg"),
+    (Stage.RANK_POS, Stage.RANK_NEG, "rank_pos and rank_neg"),
+    (Stage.RERANK_POS, Stage.RERANK_NEG, "rerank_pos and rerank_neg"),
 )
 
 
@@ -62,7 +63,7 @@ def read_rows(day: Day, problems: Problems) -> Iterator[Rows]:
             yield _check(_Chunk(day, first + begin, piece, problems))
         first += rows
     if not first:
-        problems.found(str(day.path), "an empty file; expected the rows of a day")
+        problems.found(str(day.path), "found an empty file; expected the rows of a day")
 
 
 @dataclass
@@ -86,15 +87,16 @@ class _Chunk:
             for name in COLUMNS
         }
 
-    def leave_out(self, bad: np.ndarray, column: str, kind: str) -> None:
-        """Rows where `bad` are wrong: `kind` says what was expected of the column (or of STAGES)."""
+    def leave_out(self, bad: np.ndarray, column: str, kind: str, expected: str) -> None:
+        """Rows where `bad` are wrong: `kind` says what was found in the column (or in STAGES)."""
         bad = bad & self.good
         at = int(bad.argmax()) if len(bad) else 0
         if not bad[at : at + 1].any():
             return
         flags = ", ".join(name for name in FLAGS if self.columns[name][at]) or "none"
         found = flags if column == STAGES else self.arrays[column][at].as_py()
-        self.problems.found(self.day.where(column, self.first + at, found), kind, int(bad.sum()))
+        found = "null" if found is None else found
+        self.day.report(self.problems, (column, self.first + at), found, kind, expected, int(bad.sum()))
         self.good &= ~bad
 
 
@@ -103,15 +105,15 @@ def _check(chunk: _Chunk) -> Rows:
     _check_limits(chunk)
     stages = _stages(columns, period)
     for these, those, kind in EXCLUSIVE:
-        chunk.leave_out(((stages & these) != 0) & ((stages & those) != 0), STAGES, f"contradiction: {kind}")
-    chunk.leave_out(stages == 0, STAGES, "no flag at all; expected at least one in a row of the first period")
+        chunk.leave_out(((stages & these) != 0) & ((stages & those) != 0), STAGES, kind, "one of them at most")
+    chunk.leave_out(stages == 0, STAGES, "none", "at least one in a row of the first period")
     hidden = (stages & Stage.EXPOSED) == 0
     for name in FEEDBACK:
-        chunk.leave_out(hidden & (columns[name] != 0), name, "feedback on a video that was not exposed; expected 0")
+        chunk.leave_out(hidden & (columns[name] != 0), name, "feedback", "0 where the video was not exposed")
     for name, inside in zip(ORDERS, _order_stages(period), strict=True):
         outside = (stages & inside) == 0
         wrong = (columns[name] < 0) | (columns[name] > np.iinfo(np.int16).max)
-        chunk.leave_out(wrong & ~outside, name, "expected a rank, 0 or more, in 15 bits")
+        chunk.leave_out(wrong & ~outside, name, OUTSIDE, "a rank, 0 or more, in 15 bits")
         columns[name] = np.where(outside, -1, columns[name].astype(np.int16))
     row, good = np.arange(chunk.first, chunk.first + len(stages)), chunk.good
     if good.all():
@@ -124,13 +126,13 @@ def _check_limits(chunk: _Chunk) -> None:
     today = ("milliseconds within the file's day in China", begin, begin + 86_399_999)
     for name, array in chunk.arrays.items():
         if array.null_count:
-            chunk.leave_out(array.is_null().to_numpy(zero_copy_only=False), name, "null; expected an integer")
+            chunk.leave_out(array.is_null().to_numpy(zero_copy_only=False), name, "null", "an integer")
         if name in ORDERS:  # they have limits where the stage was entered, and no meaning elsewhere
             continue
         expected, lowest, highest = today if name == "request_timestamp" else LIMITS[name]
         values = chunk.columns[name]
         if len(values) and (values.min() < lowest or values.max() > highest):
-            chunk.leave_out((values < lowest) | (values > highest), name, f"expected {expected}")
+            chunk.leave_out((values < lowest) | (values > highest), name, OUTSIDE, expected)
 
 
 def _integers(array: pa.Array) -> np.ndarray:

@@ -20,21 +20,25 @@ from joint.data.recflow.rows import Rows, read_rows
 from joint.schema import NEVER, Stage
 
 SLICE = 900_000  # milliseconds: rows of so much time are sorted together
+TWO_DAYS = ("a request of two days", "a request on one day")
+ANOTHER = ("another value than in the request's first row", "one value a request")
 EFFECTIVE = 1 << BITS.index("effective_view")
 
 
-def scan_day(day: Day, folder: Path, *, competitors: int, problems: Problems) -> None:
+def scan_day(day: Day, folder: Path, *, competitors: int, problems: Problems, elsewhere: np.ndarray) -> None:
     """Write what a day holds to `folder`, which is empty: requests, candidates, events and videos (see `load`).
 
     Order: requests by time in milliseconds, then request_id; candidates and events of a request in file order. A row
-    that contradicts the earliest row of its request, or repeats its video, is a problem; a video's features are those
-    of its first row in this order. Days without all stages leave their requests, but no candidates or competitors.
+    that repeats a video of its request is a problem; so is a request as a whole if its rows differ in time or context,
+    or if its id is `elsewhere`, on another day. A video's features are those of its first row in this order. Days
+    without all stages leave their requests, but no candidates or competitors.
     """
-    seen = np.zeros(0, np.int64)
-    for place in _deal(day, folder, problems):
+    places = _deal(day, folder, problems)
+    heads = [_heads(load(_path(folder, place, "runs"), RUN)) for place in places]
+    bad = _contradictory(day, np.concatenate([np.zeros(0, RUN), *heads]), elsewhere, problems)
+    for place in places:
         runs, rows = load(_path(folder, place, "runs"), RUN), load(_path(folder, place, "rows"), ROW)
-        requests, rows = _group(day, runs, rows, seen, problems)
-        seen = np.concatenate([seen, requests["request_id"]])
+        requests, rows = _group(day, runs, rows, bad, problems)
         append(folder / "requests", requests)
         append(folder / "events", _events(requests, rows["candidate"], competitors if day.logged else 0, competitors))
         append(folder / f"videos-{place:02d}", _videos(day, rows))
@@ -103,9 +107,9 @@ def _records(rows: Rows) -> np.ndarray:
 
 
 def _group(
-    day: Day, runs: np.ndarray, rows: np.ndarray, seen: np.ndarray, problems: Problems
+    day: Day, runs: np.ndarray, rows: np.ndarray, bad: np.ndarray, problems: Problems
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Requests (REQUEST) in order, and their rows one request after another, without those that are wrong."""
+    """Requests (REQUEST) in order, and their rows one request after another, without the ids `bad` and wrong rows."""
     order = np.lexsort((runs["request_id"], runs["time"]))  # stable: file order within a request
     if (order[1:] < order[:-1]).any():
         rows = Ragged(rows, offsets_of(runs["rows"])).take(order).values
@@ -113,14 +117,14 @@ def _group(
     new = np.ones(len(runs), bool)
     new[1:] = (runs["time"][1:] != runs["time"][:-1]) | (runs["request_id"][1:] != runs["request_id"][:-1])
     heads, request = runs[new], np.cumsum(new) - 1
-    good = _consistent(day, runs, heads, request, seen, problems)
+    good = ~np.isin(runs["request_id"], bad)
     kept, number = np.repeat(good, runs["rows"]), np.repeat(request, runs["rows"])
     twice = _repeated(number, rows["candidate"]["video"], kept)
     if len(twice):
         run = int(np.searchsorted(np.cumsum(runs["rows"]), twice[0], side="right"))
-        row = int(runs["row"][run] + twice[0] - offsets_of(runs["rows"])[run])
-        video = int(rows["candidate"]["video"][twice[0]])
-        problems.found(day.where("video_id", row, video), "the same video twice in a request", len(twice))
+        place = ("video_id", int(runs["row"][run] + twice[0] - offsets_of(runs["rows"])[run]))
+        video = rows["candidate"]["video"][twice[0]]
+        day.report(problems, place, video, "a video of an earlier row", "a video once a request", len(twice))
         kept[twice] = False
     if not kept.all():
         rows, number = rows[kept], number[kept]
@@ -131,25 +135,42 @@ def _group(
     return requests[requests["rows"] > 0], rows
 
 
-def _consistent(
-    day: Day, runs: np.ndarray, heads: np.ndarray, request: np.ndarray, seen: np.ndarray, problems: Problems
-) -> np.ndarray:
-    """Runs (bool) that agree with the earliest rows of their request in time and context."""
-    ids, first = np.unique(heads["request_id"], return_index=True)  # the first: heads are in time order
-    earliest = np.zeros(len(heads), bool)
-    earliest[first[~np.isin(ids, seen)]] = True
-    differs = {"request_timestamp": (~earliest[request], runs["time"])}
-    for place, name in enumerate(CONTEXT):
-        values = runs["context"][:, place]
-        differs[name] = values != heads["context"][request, place], values
-    bad = np.zeros(len(runs), bool)
-    for name, (other, values) in differs.items():
-        at = np.flatnonzero(other & ~bad)
-        if len(at):
-            where = day.where(name, int(runs["row"][at[0]]), values[at[0]])
-            problems.found(where, "not as in the earliest row of the request", int(runs["rows"][at].sum()))
-        bad |= other
-    return ~bad
+def _heads(runs: np.ndarray) -> np.ndarray:
+    """Runs sorted by request, those of a request that say the same and follow each other (in the file) as one."""
+    runs = runs[np.argsort(runs["request_id"], kind="stable")]
+    new = np.ones(len(runs), bool)
+    new[1:] = (runs["request_id"][1:] != runs["request_id"][:-1]) | (runs["time"][1:] != runs["time"][:-1])
+    new[1:] |= (runs["context"][1:] != runs["context"][:-1]).any(axis=1)
+    heads = runs[new]
+    heads["rows"] = np.add.reduceat(runs["rows"], np.flatnonzero(new))
+    return heads
+
+
+def _contradictory(day: Day, heads: np.ndarray, elsewhere: np.ndarray, problems: Problems) -> np.ndarray:
+    """Ids of the requests of a day that are left out: another day has them too, or their rows do not say the same.
+
+    Args:
+        heads: of the whole day, as `_heads` of every slice.
+        elsewhere: ids that another day has.
+    """
+    heads = heads[np.lexsort((heads["row"], heads["request_id"]))]
+    first, request = np.unique(heads["request_id"], return_index=True, return_inverse=True)[1:]
+    context = {name: heads["context"][:, place] for place, name in enumerate(CONTEXT)}
+    values = {"request_id": heads["request_id"], "request_timestamp": heads["time"], **context}
+    bad = np.zeros(len(first), bool)
+    for name, found in values.items():
+        differs = np.isin(found, elsewhere) if name == "request_id" else found != found[first][request]
+        at = np.flatnonzero(differs & ~bad[request])
+        if not len(at):
+            continue
+        new = np.zeros(len(first), bool)
+        new[request[at]] = True
+        where = at[heads["row"][at].argmin()]
+        kind, expected = TWO_DAYS if name == "request_id" else ANOTHER
+        place = (name, int(heads["row"][where]))
+        day.report(problems, place, found[where], kind, expected, int(heads["rows"][new[request]].sum()))
+        bad |= new
+    return heads["request_id"][first[bad]]
 
 
 def _repeated(request: np.ndarray, video: np.ndarray, kept: np.ndarray) -> np.ndarray:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -17,7 +19,7 @@ from tqdm import tqdm
 
 from joint.errors import DataError
 
-STATE = 1  # raised when unfinished work of an older program is of no use any more
+STATE = 2  # raised when unfinished work of an older program is of no use any more
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -46,11 +48,28 @@ def in_parallel(work: Callable[[A], B], tasks: Sequence[A], jobs: int, title: st
     context = multiprocessing.get_context("spawn")  # pyarrow's threads do not survive a fork
     with ProcessPoolExecutor(min(jobs, len(tasks)), context, initializer=_leave_with_parent) as pool:
         try:
-            return list(tqdm(pool.map(work, tasks), title, total=len(tasks), unit="day", disable=None))
+            with _interrupts_ignored():
+                results = pool.map(work, tasks)
+            return list(tqdm(results, title, total=len(tasks), unit="day", disable=None))
         except BrokenProcessPool as error:
             raise DataError(
                 f"{title}: a process was killed, perhaps for want of memory; the same command goes on (fewer --jobs?)"
             ) from error
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():  # days may take minutes; the same command goes on
+                worker.terminate()
+            raise
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Processes that begin in here ignore Ctrl-C for good, from their first import on: the parent ends them."""
+    held = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, held)
 
 
 def tidy(folder: Path, days: Sequence[str]) -> None:
