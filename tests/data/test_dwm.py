@@ -185,7 +185,7 @@ def labels(out: Path) -> dict[tuple[int, str], float]:
 def expected(log: Sequence[dict], watch: Sequence[dict]) -> dict[tuple[int, str], float]:
     played = [(r["user"], r["item"], r["time"], 2 * r["watched"], r["page"] in ("home", "search")) for r in watch]
     exposures = [(r["user"], r["item"], r["time"], r["request"]) for r in log]
-    found = slow(exposures, [p for p in played if p[3] > 0], 2 * DAY, 6 * HOUR)  # type: ignore[arg-type, misc]
+    found = slow(exposures, [p for p in played if p[3] > 0], 2 * DAY, 6 * HOUR)
     return {(r["request"], r["item"]): x for r, x in zip(log, found, strict=True)}
 
 
@@ -237,6 +237,19 @@ def test_a_discovery_is_counted_once(tmp_path: Path) -> None:
         assert labels(out)[3, "i"] == 10
         prepare([row(day, "a")], watch, tmp_path / "days", out, append=True)
     assert labels(out)[3, "i"] == 10
+
+
+def test_a_discovery_goes_over_to_a_later_exposure(tmp_path: Path) -> None:
+    def row(request: int, user: str, time: int) -> dict:
+        fixed = {"item": "i", "click": 0, "watched": 0.0, "page": "home"}
+        return {"request": request, "user": user, "time": START + time, **fixed}
+
+    watch = [{"user": "u", "item": "i", "time": START + 3 * DAY + HOUR, "watched": 5.0, "page": "home"}]
+    log = [row(1, "a", 0), row(2, "b", DAY), row(3, "u", 3 * DAY - HOUR)]
+    prepare(log, watch, tmp_path / "days", out := tmp_path / "out")
+    assert labels(out)[3, "i"] == 10
+    prepare([row(4, "u", 3 * DAY + 60)], watch, tmp_path / "days", out, append=True)
+    assert (labels(out)[3, "i"], labels(out)[4, "i"]) == (0, 10)
 
 
 def test_the_logs_own_playbacks_after_midnight_are_kept(tmp_path: Path) -> None:

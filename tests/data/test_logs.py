@@ -171,12 +171,12 @@ def test_every_kind_of_column(tmp_path: Path) -> None:
     first = day_number("2024-01-01")
     assert dataset.first_day[""].tolist() == [first, first, first, first + 1]
     assert dataset.first_day["shown"].tolist() == [first, first + 1, first + 2, first + 1]
-    assert [words(out, "colour")[i - 1] if i else None for i in dataset.catalogue["colour"]] == [
+    assert [words(out, "colour")[i - 1] if i else None for i in np.asarray(dataset.catalogue["colour"])] == [
         "red",
         "blue",
         None,
         "red",
-    ]  # type: ignore[union-attr]
+    ]
     parts = [dataset.read(part, further=dataset.further_columns()).columns for part in schema.parts]
 
     def scalars(name: str) -> list:
@@ -329,7 +329,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda p: cut(p, 0), r"log\.parquet: not a whole Parquet file"),
     "text": (lambda p: p.write_text("user,item\n1,2\n"), r"log\.parquet: not a whole Parquet file"),
     "torn": (tear, r"log\.parquet: cannot be read .*; expected a whole Parquet file"),
-    "a folder": (lambda p: (p.unlink(), p.mkdir()), r"log\.parquet: not"),
+    "a folder": (lambda p: [change() for change in (p.unlink, p.mkdir)], r"log\.parquet: not"),
     "no rows": (lambda p: pq.write_table(pq.read_table(p).slice(0, 0), p), r"log\.parquet: no good row in the log"),
     "two days": (lambda p: pq.write_table(pq.read_table(p).slice(1), p), r"requests on 2 days; expected at least 3"),
     "column gone": (
@@ -417,9 +417,9 @@ def test_a_bad_row(name: str, tmp_path: Path) -> None:
 def test_what_is_skipped_adds_up_by_column_and_kind(tmp_path: Path) -> None:
     bad: dict[str, list] = {"user": [None, None, "bob"], "click": [0, 0, np.inf]}
     columns = {name: [*column, *column] for name, column in bad.items()}
-    further = {"item": [1, 2, 3, 4, 5, 6], "time": [MONDAY] * 6}
+    columns |= {"item": [1, 2, 3, 4, 5, 6], "time": [MONDAY] * 6}
     three_days(tmp_path / "a")
-    files = [tmp_path / "a" / "log.parquet", write(tmp_path / "b", **further, **columns)]
+    files = [tmp_path / "a" / "log.parquet", write(tmp_path / "b", MINIMAL, **columns)]
     schema = prepare(files, tmp_path / "out", skip=True)
     assert schema.provenance["skipped"] == {
         "column user: found null; expected an id": 4,
@@ -592,6 +592,18 @@ def test_a_request_that_goes_on_after_midnight(tmp_path: Path) -> None:
         "column request: found a request that the dataset holds already; expected new requests; append whole ones": 1
     }
     assert Dataset(out).read_split("test").scalars("request_id").tolist() == [4]
+
+
+def test_events_of_the_log_after_midnight_are_kept(tmp_path: Path) -> None:
+    """The request began on the last day, and no later file has its rows again."""
+    text = MINIMAL + "request: request\nhistories: {seen: {when: exposed}}"
+    columns: dict[str, list] = {"user": ["ann"] * 4, "click": [1] * 4, "item": [1, 2, 3, 4], "request": [1, 2, 3, 3]}
+    times = [MONDAY, MONDAY + DAY, MONDAY + 3 * DAY - 60, MONDAY + 3 * DAY + 60]
+    prepare(write(tmp_path, text, **columns, time=times), out := tmp_path / "out")
+    later: dict[str, list] = {name: column[:1] for name, column in columns.items()}
+    later |= {"request": [4], "time": [MONDAY + 3 * DAY + 3600]}
+    prepare(write(tmp_path, text, **later), out, append=True)
+    assert rows_of(Dataset(out).read_split("test").lists("seen")) == [[0, 1, 2, 3]]
 
 
 def test_a_crash_leaves_the_old_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,15 @@ DAY_MS = 86_400_000
 FIRST = 1_711_800_000_000  # 2024-03-30 12:00 UTC, a day before Berlin's clocks change
 Row = dict[str, Any]
 
+TYPES: dict[str, pa.DataType] = {
+    **{"req": pa.string(), "uid": pa.string(), "iid": pa.int64(), "ts": pa.int64(), "rank": pa.int32()},
+    **{"shown": pa.int8(), "in_ranking": pa.bool_(), "coarse": pa.int8(), "click": pa.float32()},
+    **{"ms_watched": pa.float64(), "device": pa.string(), "tags": pa.list_(pa.string()), "hour": pa.float64()},
+    **{"place": pa.list_(pa.float32()), "speed": pa.int32(), "gender": pa.string(), "age": pa.float64()},
+    **{"category": pa.int64(), "words": pa.list_(pa.string()), "price": pa.float32(), "born": pa.date32()},
+    **{"for_kids": pa.bool_()},
+}
+
 
 @dataclass
 class World:
@@ -83,20 +92,10 @@ class World:
     types: dict[str, pa.DataType] = field(default_factory=lambda: dict(TYPES))
 
 
-TYPES = {
-    **{"req": pa.string(), "uid": pa.string(), "iid": pa.int64(), "ts": pa.int64(), "rank": pa.int32()},
-    **{"shown": pa.int8(), "in_ranking": pa.bool_(), "coarse": pa.int8(), "click": pa.float32()},
-    **{"ms_watched": pa.float64(), "device": pa.string(), "tags": pa.list_(pa.string()), "hour": pa.float64()},
-    **{"place": pa.list_(pa.float32()), "speed": pa.int32(), "gender": pa.string(), "age": pa.float64()},
-    **{"category": pa.int64(), "words": pa.list_(pa.string()), "price": pa.float32(), "born": pa.date32()},
-    **{"for_kids": pa.bool_()},
-}
-
-
 def make_world(seed: int, *, requests: int = 30, days: int = 5, per_request: int = 4) -> World:
     rng = np.random.default_rng(seed)
     words = ["ü", "b", "c", "d e", ""]
-    items = [
+    items: list[Row] = [
         {
             "iid": int(iid),
             "category": [None, 5, 7, -1][rng.integers(4)],
@@ -195,10 +194,10 @@ def prepare(files: Sequence[Path], out: Path, *, skip: bool = False, append: boo
 # --- the oracle: one row, one request, one event at a time ----------------------------------------------------------
 
 
-def word_hash(word: object) -> int:
+def word_hash(word: Any) -> int:
     if isinstance(word, str):
         return int(pd.util.hash_array(np.array([word], object), categorize=False)[0])
-    return int(np.int64(word).view(np.uint64))  # type: ignore[call-overload]
+    return int(np.int64(word).view(np.uint64))
 
 
 def tie(row: Row) -> int:
@@ -255,7 +254,7 @@ def unique(rows: list[Row], key: str, lost: Counter) -> list[Row]:
 REQUEST_FEATURES = ("device", "tags", "hour", "place", "speed")
 
 
-def value(row: Row, name: str) -> object:
+def value(row: Row, name: str) -> Any:
     if name == "tags":
         return tuple(word for word in row[name] or [] if word is not None)
     if name == "place":
@@ -360,7 +359,7 @@ def expected(world: World) -> tuple[list[Row], list[Row], Counter]:
         first = request[0]
         second = first["ts"] // 1000
         user = users.get(first["uid"], {"gender": None, "age": None})
-        histories = {}
+        histories: dict[str, list] = {}
         for name, (column, scale, compare, number, wait, length) in CONDITIONS.items():
             events = [r for r in rows if r["shown"] and r[column] is not None and compare(r[column] * scale, number)]
             events += past if name == "seen" else []
@@ -381,9 +380,9 @@ def expected(world: World) -> tuple[list[Row], list[Row], Counter]:
                 "user": first["uid"],
                 "group": int(np.sum(bins < activity(first))),
                 "device": first["device"],
-                "tags": list(value(first, "tags")),  # type: ignore[call-overload]
+                "tags": list(value(first, "tags")),
                 "hour": 0.0 if value(first, "hour") is None else (first["hour"] - mean) / deviation,
-                "place": list(value(first, "place")),  # type: ignore[call-overload]
+                "place": list(value(first, "place")),
                 "speed": 0 if first["speed"] is None else int(np.sum(edges <= first["speed"])) + 1,
                 "gender": user["gender"],
                 "age": 0 if user["age"] is None else 1 + (user["age"] >= 18) + (user["age"] >= 40),
@@ -403,7 +402,8 @@ def expected(world: World) -> tuple[list[Row], list[Row], Counter]:
 
 
 def catalogue(world: World, requests: list[list[Row]], past: list[Row], lost: Counter) -> list[Row]:
-    first, shown = {}, {}
+    first: dict[int, int] = {}
+    shown: dict[int, int] = {}
     last = max(day_of(request[0]["ts"]) for request in requests)
     events = [(row["iid"], day_of(request[0]["ts"]), row["shown"]) for request in requests for row in request]
     for iid, day, exposed in events + [(row["iid"], day_of(row["ts"]), False) for row in past]:
@@ -414,7 +414,7 @@ def catalogue(world: World, requests: list[list[Row]], past: list[Row], lost: Co
     for iid, row in described.items():
         if row["born"] is not None and row["born"] <= last:
             first[iid] = min(row["born"], first.get(iid, NEVER))
-    blank = {"category": None, "words": [], "price": None, "for_kids": False}
+    blank: Row = {"category": None, "words": [], "price": None, "for_kids": False}
     found = []
     for iid in sorted(first, key=lambda iid: (first[iid], iid)):
         row = described.get(iid, blank)
@@ -449,7 +449,7 @@ def found(out: Path) -> tuple[list[Row], list[Row]]:
     requests = []
     for part in schema.parts:
         read = dataset.read(part, further=dataset.further_columns())
-        c = read.columns
+        c: dict[str, Any] = dict(read.columns)
         seen_on = [[words["device"][i] for i in row] for row in lists(c["clicked.seen_on"])]
         labels = [lists(c[name]) for name in ("stages", "click", "minutes", "rank_index")]
         for i in range(len(read)):
@@ -555,7 +555,7 @@ def test_the_order_of_rows_and_files_changes_nothing(tmp_path: Path, monkeypatch
         monkeypatch.setattr("joint.data.flat.build.CHUNK", parts)
         shuffled = replace(world, log=[world.log[i] for i in rng.permutation(len(world.log))])
         for rows in (shuffled.items, shuffled.users, shuffled.past):
-            rng.shuffle(rows)  # type: ignore[arg-type]
+            rng.shuffle(rows)
         files = [shuffled.log[i::parts] for i in range(parts)] + [[]]
         hashes.append(prepare(write(shuffled, tmp_path / name, files=files), tmp_path / name / "out")[0].hash)
     assert len(set(hashes)) == 1
@@ -574,7 +574,7 @@ def test_the_same_files_give_the_same_bytes(tmp_path: Path) -> None:
 
 def by_day(world: World) -> dict[int, list[Row]]:
     """The rows of each day; a request's are all of the day on which it starts."""
-    start = {}
+    start: dict[str, int] = {}
     for row in world.log:
         start[row["req"]] = min(row["ts"], start.get(row["req"], row["ts"]))
     days: dict[int, list[Row]] = defaultdict(list)
