@@ -19,3 +19,8 @@ class RankError(UserError):
 
 class CheckpointError(UserError):
     """A run directory or a checkpoint cannot be used."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library's error says, or its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from joint.data.ragged import Ragged, offsets_of
 from joint.data.requests import Column, Requests, concatenate_requests, from_arrow, to_arrow
-from joint.errors import DataError
+from joint.errors import DataError, first_line
 from joint.schema import SPLITS, Part, Schema, day_number, first_day_column, read_schema
 
 REQUEST_COLUMNS = ("request_id", "timestamp", "group")
@@ -70,8 +70,7 @@ class Dataset:
         try:
             table = pq.ParquetFile(path).read_row_groups(list(groups), columns=[*self.columns(), *further])
         except (pa.ArrowException, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(f"{path}: row groups {list(groups)} cannot be read ({reason})") from error
+            raise DataError(f"{path}: row groups {list(groups)} cannot be read ({first_line(error)})") from error
         requests = from_arrow(table)
         self._check_lists(path, requests)
         day = np.full(len(requests), day_number(part.day), np.int32)
@@ -143,7 +142,7 @@ def _open(path: Path, reader: Callable[[Path], T]) -> T:
     except FileNotFoundError as error:
         raise DataError(f"{path}: not found, though dataset.json names it") from error
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a whole Parquet file ({str(error).splitlines()[0]})") from error
+        raise DataError(f"{path}: not a whole Parquet file ({first_line(error)})") from error
 
 
 def _check_items(path: Path, column: str, items: np.ndarray, count: int, *, least: int = 0) -> None:

@@ -108,14 +108,24 @@ def requests_of(frame: pd.DataFrame, day: str, wrong: Counter[str]) -> list[list
     rows = [row for row in frame.to_dict("records") if is_right(row, day)]
     wrong["rows"] += len(frame) - len(rows) if len(frame) else 1  # an empty file is one thing that is wrong
     held: dict[int, list[dict[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: row["request_timestamp"]):  # stable: then file order
-        mine = held.setdefault(row["request_id"], [])
-        agrees = not mine or all(row[name] == mine[0][name] for name in ("request_timestamp", *CONTEXT))
-        if agrees and row["video_id"] not in [other["video_id"] for other in mine]:
-            mine.append(row)
-        else:
-            wrong["rows"] += 1
-    return sorted(held.values(), key=lambda rows: (rows[0]["request_timestamp"], rows[0]["request_id"]))
+    for row in rows:
+        held.setdefault(row["request_id"], []).append(row)
+    requests = []
+    for rows in held.values():
+        kept = []
+        if len({tuple(row[name] for name in ("request_timestamp", *CONTEXT)) for row in rows}) == 1:
+            kept = list({row["video_id"]: row for row in reversed(rows)}.values())[::-1]
+            kept.sort(key=rows.index)
+            requests.append(kept)
+        wrong["rows"] += len(rows) - len(kept)
+    return sorted(requests, key=lambda rows: (rows[0]["request_timestamp"], rows[0]["request_id"]))
+
+
+def of_one_day(days: list[list[list[dict[str, Any]]]], wrong: Counter[str]) -> list[list[list[dict[str, Any]]]]:
+    """Without the requests whose id is on two days."""
+    times = Counter(rows[0]["request_id"] for requests in days for rows in requests)
+    wrong["rows"] += sum(len(rows) for requests in days for rows in requests if times[rows[0]["request_id"]] > 1)
+    return [[rows for rows in requests if times[rows[0]["request_id"]] == 1] for requests in days]
 
 
 def clock(seconds: int) -> list[int]:
@@ -129,20 +139,22 @@ def oracle(
     """Requests in order, the catalogue by video id, and the number of rows left out."""
     wrong: Counter[str] = Counter()
     frames = read_frames(root)
-    logged = [day for day, whole, _ in frames if whole]
+    held = []
+    for day, whole, frame in frames:
+        if not whole:
+            exposed = {name: int(name == "realshow") for name in (*FLAGS, "rank_index") if name not in frame}
+            frame = frame.assign(**exposed)
+        held.append(requests_of(frame, day, wrong))
+    held = of_one_day(held, wrong)
+    logged = [day for (day, whole, _), requests in zip(frames, held, strict=True) if whole and requests]
     splits = dict(zip(logged, ["train"] * (len(logged) - 2) + ["valid", "test"], strict=True))
     events: dict[int, list[tuple[int, int, list[int]]]] = {}
     active: dict[int, set[int]] = {}
     videos: dict[int, list[Any]] = {}
     out: list[dict[str, Any]] = []
     edges: list[int] = []
-    for day, whole, frame in frames:
-        if not whole:
-            frame = frame.assign(
-                **{name: int(name == "realshow") for name in (*FLAGS, "rank_index") if name not in frame}
-            )
+    for (day, whole, _), requests in zip(frames, held, strict=True):
         number = (datetime.fromisoformat(day) - datetime(1970, 1, 1)).days
-        requests = requests_of(frame, day, wrong)
         seen = {user: len([d for d in days if number - window <= d < number]) for user, days in active.items()}
         for rows in requests:
             head = rows[0]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from joint.data.recflow import reader as recflow
 from joint.data.recflow import rows as recflow_rows
 from joint.data.recflow.reader import prepare_recflow
 from joint.errors import DataError
-from joint.schema import Schema
+from joint.schema import SPLITS, Schema
 
 DAYS = ("2024-02-03", "2024-02-04", "2024-02-05", "2024-02-06")
 BAD = "2024-02-04"
@@ -60,41 +63,47 @@ def flags(*names: str) -> Callable[[Frame], Frame]:
 
 
 ROWS: dict[str, tuple[Callable[[Frame], Frame], str]] = {
-    "negative id": (cell("video_id", -4), r"column video_id, row 3 \(-4\): expected an id, 0 or more"),
-    "huge id": (cell("user_id", 2**40), r"column user_id, row 3 \(1099511627776\): expected an id"),
-    "null": (cell("author_id", None), r"column author_id, row 3 \(None\): null; expected an integer"),
-    "late in the file": (cell("age", -1, where="index == 333"), r"column age, row 333 \(-1\)"),
-    "no flag": (cell("like", 5, where="realshow == 1"), r"column like, row \d+ \(5\): expected a flag, 0 or 1"),
+    "negative id": (cell("video_id", -4), "column video_id, row 4: found -4; expected an id, 0 or more"),
+    "huge id": (cell("user_id", 2**40), "column user_id, row 4: found 1099511627776; expected an id"),
+    "null": (cell("author_id", None), "column author_id, row 4: found null; expected an integer"),
+    "late in the file": (cell("age", -1, where="index == 333"), "column age, row 334: found -1;"),
+    "no flag": (cell("like", 5, where="realshow == 1"), r"column like, row \d+: found 5; expected a flag, 0 or 1"),
     "seconds": (
         lambda frame: frame.assign(request_timestamp=frame.request_timestamp // 1000),
-        r"column request_timestamp, row 0 \(170\d{7}\): expected milliseconds within the file's day in China "
+        r"column request_timestamp, row 1: found 170\d{7}; expected milliseconds within the file's day in China "
         r"\(and 389 more such rows\)",
     ),
-    "another day": (cell("request_timestamp", 1707062400000), r"column request_timestamp, row 3 \(1707062400000\)"),
+    "another day": (cell("request_timestamp", 1707062400000), "column request_timestamp, row 4: found 1707062400000;"),
     "the request's clock": (
         lambda frame: frame.assign(request_timestamp=frame.request_timestamp - (frame.index == 3)),
-        r"column request_timestamp, row 0 \(\d+\): not as in the earliest row of the request \(and 56 more",
+        r"column request_timestamp, row 4: found \d+; expected the value of the request's first row \(and 57 more",
     ),
-    "another user": (cell("gender", 77), r"column gender, row 3 \(77\): not as in the earliest row of the request$|;"),
-    "upload in ms": (cell("upload_timestamp", 1707062400000), "upload_timestamp, row 3 .* seconds since 1970"),
+    "another user": (
+        cell("gender", 77),
+        "column gender, row 4: found 77; expected the value of the request's first row",
+    ),
+    "upload in ms": (cell("upload_timestamp", 1707062400000), "upload_timestamp, row 4: .* seconds since 1970"),
     "early and late": (
         flags("prerank_neg", "realshow"),
-        r"stage flags, row 3 \(prerank_neg, realshow\): contradiction",
+        "stage flags, row 4: found prerank_neg, realshow; expected one of them at most",
     ),
-    "both cuts": (flags("prerank_neg", "coarse_neg"), "both prerank_neg and coarse_neg"),
-    "rank twice": (flags("rank_pos", "rank_neg"), "both rank_pos and rank_neg"),
-    "re-rank twice": (flags("rerank_pos", "rerank_neg"), "both rerank_pos and rerank_neg"),
-    "no stage": (flags(), r"stage flags, row 3 \(none\): no flag at all"),
-    "feedback": (cell("long_view", 1, where="realshow == 0"), "feedback on a video that was not exposed"),
+    "both cuts": (flags("prerank_neg", "coarse_neg"), "found prerank_neg, coarse_neg; expected one of them"),
+    "rank twice": (flags("rank_pos", "rank_neg"), "found rank_neg, rank_pos; expected one of them"),
+    "re-rank twice": (flags("rerank_pos", "rerank_neg"), "found rerank_neg, rerank_pos; expected one of them"),
+    "no stage": (flags(), "stage flags, row 4: found none; expected at least one"),
+    "feedback": (
+        cell("long_view", 1, where="realshow == 0"),
+        "column long_view, row .*: found 1; expected 0 where the video was not exposed",
+    ),
     "rank": (
         cell("rank_index", 40_000, where="rank_pos == 1"),
-        r"column rank_index, row \d+ \(40000\): expected a rank",
+        r"column rank_index, row \d+: found 40000; expected a rank",
     ),
     "twice": (
         lambda frame: pd.concat([frame, frame.iloc[5:6]]),
-        r"column video_id, row 464 \(\d+\): the same video twice in a request",
+        r"column video_id, row 465: found \d+; expected a video once a request",
     ),
-    "empty": (lambda frame: frame.iloc[:0], "an empty file; expected the rows of a day"),
+    "empty": (lambda frame: frame.iloc[:0], "found an empty file; expected the rows of a day"),
 }
 
 
@@ -120,6 +129,122 @@ def test_wrong_rows_are_named_or_counted(tmp_path, case, capsys, monkeypatch):
         prepare(root, tmp_path / "strict")
 
 
+def test_skipped_rows_are_counted_by_column_and_what_was_found(tmp_path):
+    root = release(tmp_path / "recflow")
+    path = root / "all_stage" / f"{BAD}.feather"
+    frame = cell("video_id", -4)(pd.read_feather(path))
+    frame = cell("age", None, where="index == 4")(cell("video_id", 2**40, where="index == 5")(frame))
+    frame.to_feather(path, chunksize=5)
+    assert prepare(root, tmp_path / "out", skip=True).provenance["skipped"] == {
+        "column video_id: found a number out of range; expected an id, 0 or more, that fits in 31 bits": 2,
+        "column age: found null; expected an integer": 1,
+    }
+
+
+def test_a_request_that_contradicts_itself_is_left_out_whole(tmp_path):
+    root = release(tmp_path / "recflow")
+    path = root / "all_stage" / f"{DAYS[2]}.feather"
+    frame = pd.read_feather(path)
+    rows = int((frame.request_id == frame.request_id[0]).sum())
+    cell("user_id", 77, where="index == 0")(frame).to_feather(path)
+    schema = prepare(root, tmp_path / "out", skip=True)
+    assert schema.provenance["skipped"] == {
+        "column user_id: found another value; expected the value of the request's first row": rows
+    }
+    assert schema.requests("valid") == 7
+    later = frame.request_timestamp[0] // 1000 // 900 * 900_000 + 950_000  # another quarter of an hour
+    cell("request_timestamp", later, where="index == 0")(frame).to_feather(path)
+    schema = prepare(root, tmp_path / "time", skip=True)
+    assert list(schema.provenance["skipped"].values()) == [rows]
+    assert schema.requests("valid") == 7
+
+
+def test_a_request_id_of_two_days_is_an_error_or_left_out_of_both(tmp_path):
+    root = release(tmp_path / "recflow")
+    frames = {day: pd.read_feather(root / "all_stage" / f"{day}.feather") for day in DAYS[1:3]}
+    first, second = (frame.request_id[0] for frame in frames.values())
+    rows = sum(int((frame.request_id == frame.request_id[0]).sum()) for frame in frames.values())
+    path = root / "all_stage" / f"{DAYS[2]}.feather"
+    frames[DAYS[2]].replace({"request_id": {second: first}}).to_feather(path)
+    message = rf"{DAYS[1]}.feather: column request_id, row 1: found {first}; expected an id that no other day has"
+    for jobs in (1, 2):
+        with pytest.raises(DataError, match=message):
+            prepare(root, tmp_path / "out", jobs=jobs)
+        schema = prepare(root, tmp_path / f"out-{jobs}", jobs=jobs, skip=True)
+        assert schema.provenance["skipped"] == {
+            "column request_id: found an id of another day; expected an id that no other day has": rows
+        }
+        assert [schema.requests(split) for split in SPLITS] == [15, 7, 8]
+
+
+def test_splits_are_cut_over_the_days_that_have_requests(tmp_path, capsys):
+    root = release(tmp_path / "recflow")
+    path = root / "all_stage" / f"{DAYS[2]}.feather"
+    change_frame(path, lambda frame: frame.assign(user_id=-1))
+    schema = prepare(root, tmp_path / "out", skip=True)
+    assert {part.day: part.split for part in schema.parts} == {DAYS[0]: "train", DAYS[1]: "valid", DAYS[3]: "test"}
+    assert schema.provenance["days"] == [DAYS[0], DAYS[1], DAYS[3]]
+    assert f"warning: {path}: no request is left" in capsys.readouterr().err
+    for day in DAYS[:2]:
+        change_frame(root / "all_stage" / f"{day}.feather", lambda frame: frame.assign(user_id=-1))
+    with pytest.raises(DataError, match="1 chosen days of all_stage have requests; expected more than"):
+        prepare(root, tmp_path / "fewer", skip=True)
+
+
+def test_files_of_macos_are_no_days(tmp_path):
+    root = release(tmp_path / "recflow")
+    (root / "all_stage" / f"._{BAD}.feather").write_bytes(b"\0\5\x16\7")
+    assert prepare(root, tmp_path / "out").requests("train") == 16
+
+
+def test_an_error_without_words_is_named(tmp_path, monkeypatch):
+    root = release(tmp_path / "recflow")
+
+    def fail(*args: object, **settings: object) -> None:
+        raise pa.ArrowInvalid("")
+
+    monkeypatch.setattr(pa.ipc, "open_file", fail)
+    with pytest.raises(DataError, match=r"not a whole Feather file \(ArrowInvalid\)"):
+        prepare(root, tmp_path / "out")
+
+
+INTERRUPTED = """
+import sys, time
+from pathlib import Path
+from joint.commands import run_command
+from joint.data.recflow.work import in_parallel
+def work(number):
+    Path(sys.argv[0]).with_name(f"begun-{number}").touch()
+    time.sleep(60)
+if __name__ == "__main__":
+    Path(sys.argv[0]).with_name("begun").touch()
+    raise SystemExit(run_command(lambda: in_parallel(work, range(9), 2, "scan")))
+"""
+
+
+@pytest.mark.parametrize("wait_for", [1, 3], ids=["starting", "working"])
+def test_an_interrupted_command_ends_quietly_and_at_once(tmp_path, wait_for):
+    script = tmp_path / "script.py"
+    script.write_text(INTERRUPTED)
+    with subprocess.Popen(
+        [sys.executable, script],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as command:
+        end = time.monotonic() + 60
+        while len(list(tmp_path.glob("begun*"))) < wait_for and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(0.2)
+        os.killpg(command.pid, signal.SIGINT)  # as a terminal does: all processes of the group
+        said = command.communicate(timeout=20)[1]
+    assert command.returncode == 130
+    assert "Traceback" not in said
+    assert len(said.splitlines()) <= 1
+    assert len(list(tmp_path.glob("begun*"))) <= 3  # no further task began
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-200])
 
@@ -142,18 +267,26 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "twice a column": (
         lambda path: change_frame(path, lambda f: f.assign(**{"like ": f.like})),
-        "column like occurs twice",
+        "column like: found twice",
     ),
     "floats": (
         lambda path: change_frame(path, lambda f: f.assign(video_id=f.video_id * 1.0)),
-        "column video_id: type double; expected integers",
+        "column video_id: found type double; expected integers",
     ),
     "words": (
         lambda path: change_frame(path, lambda f: f.assign(age="ten")),
-        "column age: type .*string; expected integers",
+        "column age: found type .*string; expected integers",
     ),
     "another name": (lambda path: path.rename(path.with_stem("sample")), "'sample' is not a day; expected YYYY-MM-DD"),
     "no day": (lambda path: path.rename(path.with_stem("2024-02-31")), "'2024-02-31' is not a day"),
+    "link to nowhere": (
+        lambda path: (path.unlink(), path.symlink_to(path.with_name("nowhere"))),
+        r"feather: cannot be read \(No such file",
+    ),
+    "link to itself": (
+        lambda path: (path.unlink(), path.symlink_to(path)),
+        r"feather: cannot be read \(Too many levels",
+    ),
     "folder": (lambda path: (path.unlink(), path.mkdir()), "cannot be read"),
 }
 
@@ -194,7 +327,7 @@ def test_days_can_be_chosen(tmp_path, capsys):
     ]:
         with pytest.raises(DataError, match=message):
             prepare(root, tmp_path / "other", days=days)
-    with pytest.raises(DataError, match="2 chosen days of all_stage; expected more than the 1 of validation"):
+    with pytest.raises(DataError, match="2 chosen days of all_stage have requests; expected more than the 1 of"):
         prepare(root, tmp_path / "other", days="2024-02-03..2024-02-04")
     for folder in ("all_stage", "realshow"):
         (root / folder / "2024-02-05.feather").unlink()
@@ -296,7 +429,7 @@ def test_skipped_rows_of_unfinished_work_are_not_forgotten(tmp_path, monkeypatch
     root = release(tmp_path / "recflow")
     change_frame(root / "all_stage" / f"{BAD}.feather", cell("age", -1))
     _leave_unfinished(monkeypatch, root, tmp_path / "out", skip=True)
-    with pytest.raises(DataError, match="column age, row 3"):
+    with pytest.raises(DataError, match="column age, row 4"):
         prepare(root, tmp_path / "out")
     assert sum(prepare(root, tmp_path / "out", skip=True).provenance["skipped"].values()) == 1
 

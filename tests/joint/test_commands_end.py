@@ -22,7 +22,11 @@ def raising(error: BaseException):
     ("error", "code", "says"),
     [
         (DataError("x.parquet: not whole"), 2, "x.parquet: not whole\n"),
-        (OSError(errno.ENOSPC, "No space left", "out/part"), 2, "out/part: cannot be written (No space left on device)\n"),
+        (
+            OSError(errno.ENOSPC, "No space left", "out/part"),
+            2,
+            "out/part: cannot be written (No space left on device)\n",
+        ),
         (OSError(errno.EROFS, "?"), 2, "a file: cannot be written (Read-only file system)\n"),
         (KeyboardInterrupt(), 130, ""),
     ],
@@ -40,6 +44,6 @@ def test_what_is_our_own_mistake_is_not_hidden():
 def test_a_reader_may_stop_reading():
     code = "from joint.commands import run_command\nraise SystemExit(run_command(lambda: print('x' * 10**6) or 0))"
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    command = f"{sys.executable} -c \"{code}\" | head -c 1"
+    command = f'{sys.executable} -c "{code}" | head -c 1'
     found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
     assert (found.stdout, found.stderr) == ("x", "")

@@ -95,9 +95,7 @@ def test_shuffled_weights_are_the_same_weights():
     s = student.logits[:EACH, 1].double()
     w = (before.similarity + before.confidence)[first][6:].flip(0).double()
     expected = -torch.log(s[0].exp() / (s[0].exp() + (w * s[3:9].exp()).sum()))
-    rest, kept = losses.adaptive_contrastive(
-        *(x[EACH:] for x in arguments[:4]), OFFSETS[:-1], return_weights=True
-    )
+    rest, kept = losses.adaptive_contrastive(*(x[EACH:] for x in arguments[:4]), OFFSETS[:-1], return_weights=True)
     assert len(kept.task) == 2 * 6 * (REQUESTS - 1)
     torch.testing.assert_close((found.total - rest.total)[1].double(), expected, rtol=1e-4, atol=1e-4)
 

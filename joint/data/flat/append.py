@@ -22,11 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from joint.data.dataset import Dataset, DatasetWriter, write_part
-from joint.data.flat.files import reason
 from joint.data.flat.map import LogMap, seconds
 from joint.data.ragged import draw
 from joint.data.requests import Requests, from_arrow, to_arrow
-from joint.errors import DataError
+from joint.errors import DataError, first_line
 from joint.schema import Part, Schema, Stage, day_number
 from joint.settings import differences, plain
 
@@ -112,7 +111,7 @@ def _opened(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read ({reason(error)}); the dataset cannot be appended to") from error
+        raise DataError(f"{path}: cannot be read ({first_line(error)}); the dataset cannot be appended to") from error
 
 
 def open_old(out: Path, m: LogMap) -> Old:
@@ -132,7 +131,7 @@ def open_old(out: Path, m: LogMap) -> Old:
     try:
         return Old(out, schema, json.loads(path.read_text()))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({reason(error)}); the dataset cannot be appended to") from error
+        raise DataError(f"{path}: cannot be read ({first_line(error)}); the dataset cannot be appended to") from error
 
 
 def _key(line: str) -> str:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from joint.data.flat.columns import Rows
 from joint.data.flat.map import LogHistory, LogMap, Stages, Table, Time, time_of
 from joint.data.problems import Problems
-from joint.errors import DataError
+from joint.errors import DataError, first_line
 from joint.settings import Tree, near_miss, raise_at
 
 Role = Literal["id", "ids", "number", "vector", "flag", "time", "stamp", "word", "date or flag"]
@@ -68,12 +68,7 @@ def _tables(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
         for batch in pq.ParquetFile(path).iter_batches(BATCH, columns=columns):
             yield pa.Table.from_batches([batch])
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({reason(error)}); expected a whole Parquet file") from error
-
-
-def reason(error: Exception) -> str:
-    """The first line of its message, or its name if it has none."""
-    return (str(error).splitlines() or [repr(error)])[0]
+        raise DataError(f"{path}: cannot be read ({first_line(error)}); expected a whole Parquet file") from error
 
 
 def open_source(files: Sequence[str | Path], wanted: Sequence[Wanted], tree: Tree) -> Source:
@@ -121,7 +116,7 @@ def _opened(path: Path) -> pq.ParquetFile:
     except FileNotFoundError as error:
         raise DataError(f"{path}: not found; expected a Parquet file") from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a whole Parquet file ({reason(error)})") from error
+        raise DataError(f"{path}: not a whole Parquet file ({first_line(error)})") from error
 
 
 def _family(kind: pa.DataType, role: Role) -> str | None:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from joint.data.problems import Problems
-from joint.errors import DataError
+from joint.errors import DataError, first_line
 from joint.schema import Stage, day_number
 
 PERIOD_2 = "2024-02-05"  # from this day on the ranking and re-ranking stages are logged whole (RecFlow 2.1)
@@ -189,7 +189,7 @@ def _reader(day: Day, source: pa.NativeFile) -> tuple[pa.ipc.RecordBatchFileRead
         options = pa.ipc.IpcReadOptions(included_fields=needed, use_threads=False)
         return pa.ipc.open_file(source, options=options), {name: needed.index(i) for name, i in places.items()}
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{day.path}: not a whole Feather file ({_reason(error)})") from error
+        raise DataError(f"{day.path}: not a whole Feather file ({first_line(error)})") from error
 
 
 def _places(day: Day, schema: pa.Schema) -> dict[str, int]:
@@ -216,11 +216,6 @@ def _batch(path: Path, reader: pa.ipc.RecordBatchFileReader, number: int) -> pa.
         batch.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"{path}: record batch {number + 1} cannot be read ({_reason(error)}); is the file whole?"
+            f"{path}: record batch {number + 1} cannot be read ({first_line(error)}); is the file whole?"
         ) from error
     return batch
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what an error says, or its name."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

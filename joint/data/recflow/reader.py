@@ -117,9 +117,10 @@ def prepare_recflow(
         state = writer.temporary / "state"
         tidy(writer.temporary, [day.day for day in chosen])
         problems = _scan(chosen, state, competitors, jobs, skip)
-        for line in problems.lines():
-            print(line, file=sys.stderr, flush=True)
         asked = [day for day in chosen if day.logged and count(_folder(state, day) / "requests", REQUEST)]
+        empty = [f"warning: {day.path}: no request is left" for day in chosen if day.logged and day not in asked]
+        for line in [*problems.lines(), *empty]:
+            print(line, file=sys.stderr, flush=True)
         splits = _splits(source, asked, *held_out)
         catalogue = _merge(chosen, state)
         columns, item_features, changed = catalogue.build()

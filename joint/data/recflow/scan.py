@@ -20,8 +20,8 @@ from joint.data.recflow.rows import Rows, read_rows
 from joint.schema import NEVER, Stage
 
 SLICE = 900_000  # milliseconds: rows of so much time are sorted together
-TWO_DAYS = ("a request of two days", "a request on one day")
-ANOTHER = ("another value than in the request's first row", "one value a request")
+TWO_DAYS = ("an id of another day", "an id that no other day has")  # found, expected
+ANOTHER = ("another value", "the value of the request's first row")
 EFFECTIVE = 1 << BITS.index("effective_view")
 
 

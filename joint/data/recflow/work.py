@@ -46,20 +46,21 @@ def in_parallel(work: Callable[[A], B], tasks: Sequence[A], jobs: int, title: st
     if min(jobs, len(tasks)) <= 1:
         return [work(task) for task in tqdm(tasks, title, unit="day", disable=None)]
     context = multiprocessing.get_context("spawn")  # pyarrow's threads do not survive a fork
-    with ProcessPoolExecutor(min(jobs, len(tasks)), context, initializer=_leave_with_parent) as pool:
-        try:
-            with _interrupts_ignored():
-                results = pool.map(work, tasks)
-            return list(tqdm(results, title, total=len(tasks), unit="day", disable=None))
-        except BrokenProcessPool as error:
-            raise DataError(
-                f"{title}: a process was killed, perhaps for want of memory; the same command goes on (fewer --jobs?)"
-            ) from error
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in multiprocessing.active_children():  # days may take minutes; the same command goes on
-                worker.terminate()
-            raise
+    pool = ProcessPoolExecutor(min(jobs, len(tasks)), context, initializer=_leave_with_parent)
+    try:
+        with _interrupts_ignored():
+            results = [pool.submit(work, task) for task in tasks]
+        return [result.result() for result in tqdm(results, title, unit="day", disable=None)]
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"{title}: a process was killed, perhaps for want of memory; the same command goes on (fewer --jobs?)"
+        ) from error
+    except KeyboardInterrupt:
+        for worker in multiprocessing.active_children():  # a day may take minutes; the same command goes on
+            worker.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager
