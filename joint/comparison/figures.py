@@ -35,6 +35,8 @@ LOOKS = {"better": ("#0072B2", "^"), "worse": ("#D55E00", "v"), "same": ("#009E7
 OTHER, BASELINE = ("#595959", "o"), ("#000000", "D")
 HEADS = {"retrieval": "#0072B2", "pre_ranking": "#E69F00", "ranking": "#009E73"}
 
+STAGE = re.compile(r"funnel/(\w+)/recall@(\d+)")  # the metric of a stage: head, quota
+
 
 def metric_figure(comparison: Comparison, metric: Metric, path: Path) -> None:
     """Left: every unit, the mean and its 95 % interval; right: the difference to the baseline, with its own."""
@@ -86,7 +88,7 @@ def _frame(figure: Figure, left: Axes, right: Axes, comparison: Comparison, metr
     left.set_yticks(range(len(names)), said)
     left.set_ylim(len(names) - 0.45, -0.75)
     left.set_xlabel(f"small dots: {'worlds' if several else 'seeds'}; bar: 95 % interval of the mean")
-    right.set_xlabel(f"difference to {comparison.baseline}, bar: 95 % interval; band: ±{MARGIN:.0%}")
+    right.set_xlabel(f"difference to {comparison.baseline} (band: ±{MARGIN:.0%})")
     scale = 1.0 if is_distance(metric.name) else abs(metric.summaries[comparison.baseline].mean)
     right.axvspan(-MARGIN * scale, MARGIN * scale, color="#E4E4E4", zorder=0)
     right.axvline(0, color="#000000", linewidth=1)
@@ -108,7 +110,7 @@ def funnel_figure(comparison: Comparison, metrics: Sequence[Metric], path: Path)
     """A panel a stage: the share of the positives that is left, per variant; False where none was measured."""
     stages: dict[str, dict[str, Metric]] = {}
     for metric in metrics:
-        found = re.fullmatch(r"funnel/(\w+)/recall@(\d+)", metric.name)
+        found = STAGE.fullmatch(metric.name)
         if found and any(summary.values for summary in metric.summaries.values()):
             stages.setdefault(found[1], {})[found[2]] = metric
     heads = [head for head in HEADS if head in stages]

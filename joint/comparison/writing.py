@@ -6,10 +6,12 @@ import re
 
 from joint.comparison.analysis import Metric, analyse, metric_names
 from joint.comparison.comparison import Comparison
-from joint.comparison.figures import funnel_figure, metric_figure
+from joint.comparison.figures import STAGE, funnel_figure, metric_figure
 from joint.comparison.report import markdown, rows_csv, summary_csv
 from joint.errors import UserError
 from joint.run import write_whole
+
+FUNNEL = "figures/funnel.png"  # drawn whatever metrics the tables have
 
 
 def write_report(comparison: Comparison) -> list[Metric]:
@@ -28,8 +30,9 @@ def write_report(comparison: Comparison) -> list[Metric]:
             if any(summary.values for summary in metric.summaries.values()):
                 figures[metric.name] = f"figures/{re.sub('[^A-Za-z0-9_]+', '-', metric.name)}.png"
                 metric_figure(comparison, metric, folder / figures[metric.name])
-        if funnel_figure(comparison, metrics, folder / "figures/funnel.png"):
-            figures["funnel"] = "figures/funnel.png"
+        stages = {name for result in comparison.results for name in result.metrics if STAGE.fullmatch(name)}
+        if funnel_figure(comparison, [analyse(comparison, name) for name in sorted(stages)], folder / FUNNEL):
+            figures["funnel"] = FUNNEL
         write_whole(folder / "report.md", markdown(comparison, metrics, untuned, figures))
         write_whole(folder / "report.csv", rows_csv(comparison))
         write_whole(folder / "summary.csv", summary_csv(comparison, metrics))
