@@ -232,13 +232,18 @@ def test_an_interrupted_command_ends_quietly_and_at_once(tmp_path, wait_for):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     ) as command:
         end = time.monotonic() + 60
         while len(list(tmp_path.glob("begun*"))) < wait_for and time.monotonic() < end:
             time.sleep(0.05)
         time.sleep(0.2)
         os.killpg(command.pid, signal.SIGINT)  # as a terminal does: all processes of the group
-        said = command.communicate(timeout=20)[1]
+        try:
+            said = command.communicate(timeout=20)[1]
+        except subprocess.TimeoutExpired:
+            os.killpg(command.pid, signal.SIGKILL)
+            raise
     assert command.returncode == 130
     assert "Traceback" not in said
     assert len(said.splitlines()) <= 1
