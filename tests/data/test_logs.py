@@ -448,7 +448,7 @@ def test_an_error_without_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return opened(path, **further)
 
     monkeypatch.setattr(pq, "ParquetFile", fails)
-    with pytest.raises(DataError, match=r"active\.parquet: cannot be read \(OSError\(''\)\)"):
+    with pytest.raises(DataError, match=r"active\.parquet: cannot be read \(OSError\)"):
         prepare(log, out, append=True)
 
 

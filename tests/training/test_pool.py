@@ -118,7 +118,7 @@ def test_hard_negatives_are_a_window_of_the_head_s_own_ranks(step):
         for task in range(2):
             scores = vectors @ head.user[request, task].double()
             free = [c for c in range(61) if (request, c) not in excluded]
-            best = sorted(free, key=lambda c: -float(scores[c]))[3:8]
+            best = sorted(free, key=lambda c: -scores[c].item())[3:8]
             own = scores[[item, *(c for c in best if c != item)]]
             total[task] += (1.0 if batch.positive[n, task] else 0.5) * (own.logsumexp(0) - own[0]).detach()
     torch.testing.assert_close(term.total.double(), total, rtol=1e-4, atol=1e-4)
