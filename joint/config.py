@@ -164,7 +164,11 @@ def _objective_mistakes(config: Config, path: str, objective: Objective) -> Iter
         )
     if isinstance(objective, Imitation) and tokens & {"positive", "exposed_neg"}:
         yield f"{path}.space", f"{objective.loss} orders the same candidates for all tasks; name exposed instead"
-    if isinstance(objective, AdaptiveContrastive) and objective.shuffle and tokens & {"positive", "exposed_neg"}:
+    if (
+        isinstance(objective, AdaptiveContrastive)
+        and objective.shuffle
+        and {*objective.space} & {"positive", "exposed_neg"}
+    ):
         yield f"{path}.shuffle", "deals the weights of all tasks alike; name spaces that are the same for all tasks"
     if isinstance(objective, Pairwise):
         yield from unknown_names(f"{path}.winner_weights", list(objective.winner_weights), SPACE_TOKENS, "space")
