@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 from pathlib import Path
 
+from joint import files
 from joint.auditing.measure import Report, audit, to_json
 from joint.auditing.summary import summary
 from joint.commands import run_command
@@ -32,17 +31,12 @@ def main() -> int:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename it; DataError if that cannot be done."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    """`joint.files.write_whole`, and the folder before it; DataError if that cannot be done."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
+        files.write_whole(path, text)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error})") from error
-    finally:
-        with contextlib.suppress(OSError):  # it is there after a failure alone
-            unfinished.unlink()
 
 
 def _write_page(path: Path, report: Report) -> str:

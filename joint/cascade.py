@@ -44,20 +44,18 @@ def funnel(scores: Mapping[str, Tensor], quotas: Mapping[str, int], offsets: Ten
         yield head, alive
 
 
-def true_rewards(
-    truth: Truth, requests: Requests, items: Ragged, lists: Mapping[str, Tensor]
-) -> Iterator[tuple[str, PerRequest]]:
+def true_rewards(worth: Tensor, offsets: Tensor, lists: Mapping[str, Tensor]) -> Iterator[tuple[str, PerRequest]]:
     """What the lists served to fresh requests of a planted world are worth: `NAME/true_reward@10`.
 
     The expected true reward per place of the list, an empty place being worth nothing: the primary endpoint.
 
     Args:
-        items: candidates of each request, of which `lists` mark the (at most ten) that are served, bool `[N]`.
+        worth: the true reward of each candidate, `[N]`.
+        lists: name -> the candidates (at most ten a request) that are served, bool `[N]`.
     """
-    worth = torch.from_numpy(truth.reward(requests, items))
-    one = torch.ones(len(requests))
     for name, served in lists.items():
-        total = request_sums(worth.where(served.cpu(), 0), torch.from_numpy(items.offsets))
+        total = request_sums(worth.where(served, 0), offsets)
+        one = torch.ones_like(total)
         yield f"{name}/true_reward@{LIST}", PerRequest.of(total / LIST, one)
 
 

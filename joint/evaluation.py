@@ -75,7 +75,7 @@ class Evaluator:
             candidates = logged(requests, self.assembler.dataset)
             batch, outputs = self._run(requests, candidates, self.heads, with_corpus=corpus is None)
             scores = {head: self._fused(head, output) for head, output in outputs.items()}
-            orders = self._orders(requests, candidates, batch)
+            orders = self._orders(requests, candidates)
             found = logged_metrics(self.config, self.assembler.dataset.schema, batch, outputs, scores, orders)
             if "retrieval" in self.heads:
                 if corpus is None:
@@ -126,18 +126,23 @@ class Evaluator:
         batch = batch.to(self.device)
         return batch, self.forward(batch)
 
-    def _orders(self, requests: Requests, candidates: Candidates, batch: Batch) -> dict[str, Tensor]:
+    def _orders(self, requests: Requests, candidates: Candidates) -> dict[str, Tensor]:
         """Whose order of the logged candidates there is, besides that of the own teacher: whose -> `[N]`."""
-        orders: dict[str, Tensor] = {}
-        if self.reference is not None:
-            _, outputs = self.reference._run(requests, candidates, {"ranking"})
-            orders["reference"] = self.reference._fused("ranking", outputs["ranking"])
+        orders = self._others(requests, candidates)
         if len(requests) and self.assembler.dataset.schema.orders:
             places = requests.lists(self.assembler.dataset.schema.orders[0]).values
             orders["logged"] = logged_order(torch.from_numpy(places.astype(np.int64))).to(self.device)
-        if len(requests) and self.truth is not None:
-            orders["truth"] = torch.from_numpy(self.truth.reward(requests, candidates.items)).to(self.device)
         return orders
+
+    def _others(self, requests: Requests, candidates: Candidates) -> dict[str, Tensor]:
+        """What candidates are worth to the reference's teacher and in truth, where there are such: whose -> `[N]`."""
+        found: dict[str, Tensor] = {}
+        if self.reference is not None:
+            _, outputs = self.reference._run(requests, candidates, {"ranking"})
+            found["reference"] = self.reference._fused("ranking", outputs["ranking"])
+        if len(requests) and self.truth is not None:
+            found["truth"] = torch.from_numpy(self.truth.reward(requests, candidates.items)).to(self.device)
+        return found
 
     def _fused(self, head: str, output: HeadOutput) -> Tensor:
         return fuse(self.heads[head], self.tasks, output.logits)
@@ -175,8 +180,10 @@ class Evaluator:
         items = Ragged(kept.reshape(-1), np.arange(len(kept) + 1) * kept.shape[1])
         items = items.keep(free[items.rows, items.values])  # where fewer than the quota are eligible
         items = items.with_values(self.eligibility.corpus[items.values])
-        batch, outputs = self._run(requests, unlabelled(items, self.assembler.dataset.schema.labels), self.heads)
+        retrieved = unlabelled(items, self.assembler.dataset.schema.labels)
+        batch, outputs = self._run(requests, retrieved, self.heads)
         scores = {head: self._fused(head, output) for head, output in outputs.items()}
+        orders = self._others(requests, retrieved) | ({"ranking": scores["ranking"]} if "ranking" in scores else {})
         relevant = torch.from_numpy(self._is_relevant(items, candidates)).to(self.device)
         wanted = np.bincount(self._relevant(candidates)[0], minlength=len(requests))
         found: dict[str, State] = {}
@@ -185,7 +192,7 @@ class Evaluator:
             lists = {head: top_k(score, batch.offsets, LIST) for head, score in scores.items()}
             last, alive = list(stages.items())[-1]
             lists["funnel"] = alive & top_k(scores[last].where(alive, -torch.inf), batch.offsets, LIST)
-            found |= dict(true_rewards(self.truth, requests, items, lists))
+            found |= dict(true_rewards(orders["truth"], batch.offsets, lists))
             everything = np.zeros((len(requests), self.items), bool)
             everything[:, self.eligibility.corpus] = free
             found |= dict(true_favourites(self.truth, requests, items, everything, stages))
@@ -199,26 +206,13 @@ class Evaluator:
             quota = self.config.evaluation.quotas[head]
             left = request_sums(alive & relevant, batch.offsets)[: len(requests)]
             found[f"funnel/{head}/recall@{quota}"] = PerRequest.of(left, torch.from_numpy(wanted))
-        retrieved = self.config.evaluation.quotas["retrieval"]
-        for whose, order in self._orders_of_retrieved(requests, items, scores).items():
+        quota = self.config.evaluation.quotas["retrieval"]
+        for whose, order in orders.items():
             for head in (head for head in scores if head != whose):
                 distance = metrics.kendall_by_request(scores[head].double(), order.double(), batch.offsets)
-                name = f"alignment/nktd@{retrieved}/" if whose == "ranking" else f"alignment/{whose}/nktd@{retrieved}/"
+                name = f"alignment/nktd@{quota}/" if whose == "ranking" else f"alignment/{whose}/nktd@{quota}/"
                 found[name + head] = distance
         return found
-
-    def _orders_of_retrieved(
-        self, requests: Requests, items: Ragged, scores: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Whose order of what was retrieved there is; the own teacher's is `ranking`'s (RRA's NKTD@N)."""
-        orders = {"ranking": scores["ranking"]} if "ranking" in scores else {}
-        if self.reference is not None:
-            everything = unlabelled(items, self.assembler.dataset.schema.labels)
-            _, outputs = self.reference._run(requests, everything, {"ranking"})
-            orders["reference"] = self.reference._fused("ranking", outputs["ranking"])
-        if len(requests) and self.truth is not None:
-            orders["truth"] = torch.from_numpy(self.truth.reward(requests, items)).to(self.device)
-        return orders
 
     def _whole_catalogue(self, requests: Requests, candidates: Candidates) -> dict[str, State]:
         """Recall of the other heads, each scoring every eligible item for every request."""

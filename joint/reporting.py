@@ -16,7 +16,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from joint.distributed import rank
-from joint.run import RunDirectory, write_whole
+from joint.files import write_whole
+from joint.run import RunDirectory
 
 
 class Reporter:

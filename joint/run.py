@@ -26,6 +26,7 @@ from joint.config import load_config
 from joint.distributed import world_size
 from joint.errors import CheckpointError, ConfigError
 from joint.experiment import Config, Run
+from joint.files import write_whole
 from joint.schema import Schema
 
 MOST_SAID = 10  # keys that a message names
@@ -144,13 +145,6 @@ def write_metrics(run: RunDirectory, found: Mapping[str, float], requests: Mappi
     temporary.replace(run.evaluated_requests)
     known = {name: value for name, value in sorted(found.items()) if not math.isnan(value)}
     write_whole(run.evaluation, json.dumps(known, indent=1))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file under another name, then rename it: it is never seen half-written."""
-    temporary = path.with_name(f".{path.name}.unfinished")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def _without_places(config: Config) -> Config:

@@ -15,6 +15,7 @@ from joint.errors import DataError
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "valid", "test")
+SECONDS_A_DAY = 86_400
 NEVER = np.iinfo(np.int32).max  # the first day of an item that never joins a pool
 
 
@@ -130,6 +131,11 @@ class Schema:
 def day_number(day: str) -> int:
     """Days from 1970-01-01 to `day` (YYYY-MM-DD): how the catalogue and `Requests` count days."""
     return int(np.datetime64(day, "D").astype(np.int64))
+
+
+def day_name(day: int) -> str:
+    """YYYY-MM-DD of a number of days from 1970-01-01."""
+    return str(np.datetime64(int(day), "D"))
 
 
 def first_day_column(pool: str) -> str:

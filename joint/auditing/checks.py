@@ -9,10 +9,9 @@ import numpy as np
 
 from joint.auditing.chunks import USER, Chunk, user_count
 from joint.data.dataset import Dataset
-from joint.data.ragged import draw
-from joint.schema import NEVER, SPLITS, Schema, day_number, first_day_column
+from joint.data.ragged import contains, draw
+from joint.schema import NEVER, SECONDS_A_DAY, SPLITS, Schema, day_name, day_number, first_day_column
 
-SECONDS_A_DAY = 86_400
 LEFT_OUT = ("immature_label",)  # training leaves these out by itself: noted, no leaks
 # Check -> what it counts.
 CHECKS = {
@@ -237,7 +236,7 @@ class Seen:
         for split, known in self._exposures.items():
             if split != chunk.part.split:
                 known[:] = known if len(known) == 1 else [np.sort(np.concatenate(known))]
-                again = shown[_contains(known[0], keys)]
+                again = shown[contains(known[0], keys)]
                 first = f"user {user[again[0]]}, item {item[again[0]]} at {time[again[0]]}" if len(again) else ""
                 yield Found("exposure_in_two_splits", len(again), f"{first}, also in {split}")
         if chunk.part.split != "train":
@@ -296,11 +295,5 @@ def _outside_its_day(timestamp: int, day: str) -> bool:
     return abs(timestamp // SECONDS_A_DAY - day_number(day)) > 1
 
 
-def _contains(sorted_keys: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    if not len(sorted_keys):
-        return np.zeros(len(keys), bool)
-    return sorted_keys[np.searchsorted(sorted_keys, keys).clip(max=len(sorted_keys) - 1)] == keys
-
-
 def _date(day: int) -> str:
-    return "never" if day == NEVER else str(np.datetime64(int(day), "D"))
+    return "never" if day == NEVER else day_name(day)

@@ -23,7 +23,8 @@ from joint import settings
 from joint.comparison.ablation import Planned
 from joint.errors import UserError
 from joint.experiment import Config, Run
-from joint.run import RunDirectory, write_whole
+from joint.files import write_whole
+from joint.run import RunDirectory
 from joint.schema import read_schema
 
 PACKAGES = ("joint", "losses", "towers")

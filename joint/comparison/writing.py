@@ -9,7 +9,7 @@ from joint.comparison.comparison import Comparison
 from joint.comparison.figures import STAGE, funnel_figure, metric_figure
 from joint.comparison.report import markdown, rows_csv, summary_csv
 from joint.errors import UserError
-from joint.run import write_whole
+from joint.files import write_whole
 
 FUNNEL = "figures/funnel.png"  # drawn whatever metrics the tables have
 

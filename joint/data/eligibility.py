@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from joint.data.dataset import Dataset
-from joint.data.ragged import Ragged, concatenate, draw, offsets_of, side_by_side
+from joint.data.ragged import Ragged, concatenate, contains, draw, offsets_of, side_by_side
 from joint.data.requests import Requests
 from joint.experiment import Data
 from joint.schema import NEVER, Stage
@@ -114,7 +114,7 @@ class Eligibility:
                 tried = order[(bits % available[row].astype(np.uint64)).astype(np.int64)]
             else:
                 tried = np.searchsorted(self.popular, bits % np.uint64(self.popular[-1]), side="right")
-            free = ~_contains(taken_pairs, row * self.items + tried)
+            free = ~contains(taken_pairs, row * self.items + tried)
             free &= self.first_day[tried] <= requests.scalars("day")[row]
             drawn[open_[free]] = tried[free]
             open_ = open_[~free]
@@ -132,10 +132,3 @@ def _logged_counts(dataset: Dataset, splits: Sequence[str]) -> np.ndarray:
             for row, chosen in enumerate((items[~hidden], items[hidden])):
                 counts[row] += np.bincount(chosen, minlength=len(counts[row])).astype(np.uint64)
     return counts[1] if counts[1].any() else counts[0]
-
-
-def _contains(sorted_values: np.ndarray, values: np.ndarray) -> np.ndarray:
-    if not len(sorted_values):
-        return np.zeros(len(values), bool)
-    place = np.searchsorted(sorted_values, values).clip(max=len(sorted_values) - 1)
-    return sorted_values[place] == values

@@ -17,10 +17,9 @@ from joint.data.requests import Requests, concatenate_requests
 from joint.data.sampling import Candidates, sample_stages, shuffle_stages, with_random
 from joint.errors import ConfigError
 from joint.experiment import Config
-from joint.schema import Schema, day_number
+from joint.schema import SECONDS_A_DAY, Schema, day_number
 
 T = TypeVar("T")
-SECONDS_A_DAY = 86_400
 
 
 class Loader:
@@ -44,7 +43,8 @@ class Loader:
         self.shards = range(rank, data.shards, world_size)
         self.latest = latest_known(assembler.plan.config, assembler.dataset.schema)
         self.rank, self.world_size = rank, world_size
-        self.corpus = PoolItems.corpus(assembler.eligibility.slice(rank, world_size))
+        over_corpus = "corpus" in assembler.plan.pool_spaces
+        self.corpus = PoolItems.corpus(assembler.eligibility.slice(rank, world_size)) if over_corpus else NO_POOL
 
     def total_batches(self) -> int:
         """Steps of the whole run; the deal, and with it the number, differs a little from epoch to epoch."""
@@ -90,9 +90,8 @@ class Loader:
                     yield self.assembler(requests, sampled, pool, position=following, latest=self.latest)
 
     def _pool(self, candidates: Candidates | None, day: str, epoch: int, batch: int) -> PoolItems:
-        spaces = self.assembler.plan.pool_spaces
-        if spaces <= {"corpus"}:
-            return self.corpus if spaces else NO_POOL
+        if self.assembler.plan.pool_spaces <= {"corpus"}:
+            return self.corpus
         number = day_number(day)
         drawn = shared_random(
             *(self.assembler.eligibility, self.data.shared_random, self.rank, self.world_size, number),

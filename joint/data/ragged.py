@@ -79,6 +79,14 @@ def side_by_side(left: Ragged, right: Ragged) -> tuple[Ragged, np.ndarray]:
     return Ragged(values[index], offsets_of(lengths.sum(axis=1))), index
 
 
+def contains(sorted_values: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Which of `values` are among the ascending `sorted_values`, bool."""
+    if not len(sorted_values):
+        return np.zeros(len(values), bool)
+    place = np.searchsorted(sorted_values, values).clip(max=len(sorted_values) - 1)
+    return sorted_values[place] == values
+
+
 def draw(*keys: np.ndarray | int) -> np.ndarray:
     """A counter-based hash: 64 random bits (uint64) for every combination of keys, which broadcast together.
 

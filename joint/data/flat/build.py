@@ -14,10 +14,10 @@ from joint.data.flat.discoveries import Discoveries
 from joint.data.flat.features import GROUP, missing, prepared
 from joint.data.flat.histories import ACTIVE_DAYS, Past, active_days, delay, in_order, matching, split_keys
 from joint.data.flat.job import Job, active_pairs, in_buckets, starts_of
-from joint.data.flat.rows import day_name
 from joint.data.flat.tables import Lookup
 from joint.data.ragged import Ragged, offsets_of
 from joint.data.requests import Column, Requests
+from joint.schema import day_name
 
 CHUNK = 16_384  # requests in memory with their histories
 KEYS = ("user", "item", "time")  # of an event

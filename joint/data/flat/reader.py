@@ -30,14 +30,14 @@ from joint.data.flat.job import Job
 from joint.data.flat.map import LogMap, read_map, seconds
 from joint.data.flat.put import check_families, job_of, open_sources, put_aside
 from joint.data.flat.requests import Gather, gather_requests
-from joint.data.flat.rows import day_name, read_table, spaces
+from joint.data.flat.rows import read_table, spaces
 from joint.data.flat.statistics import fix_statistics
 from joint.data.flat.tables import Lookup, catalogue, note_tables
 from joint.data.flat.vocabulary import Vocabulary
 from joint.data.problems import Problems
 from joint.data.requests import Requests
 from joint.errors import DataError
-from joint.schema import STAGES, History, Schema, day_number
+from joint.schema import STAGES, History, Schema, day_name, day_number
 from joint.settings import Tree, plain
 
 MOST_GROUPS = 128  # the dataset holds them as int8

@@ -31,7 +31,7 @@ from joint.data.flat.map import Discovery, LogHistory, LogMap, Table, time_of
 from joint.data.flat.vocabulary import Vocabulary
 from joint.data.problems import Problems
 from joint.data.requests import Column, Requests
-from joint.schema import NEVER
+from joint.schema import NEVER, day_name
 
 ROW_BITS = 40  # of log.source: row within its file
 Vocabularies = Mapping[str, Vocabulary]  # id space -> its words
@@ -216,8 +216,3 @@ def _day_or_never(rows: Rows, m: LogMap, time: object) -> np.ndarray:
 
 def _good(rows: Rows, columns: Mapping[str, Column]) -> Requests:
     return Requests(columns).take(np.flatnonzero(rows.keep))
-
-
-def day_name(day: int) -> str:
-    """YYYY-MM-DD of a number of days from 1970-01-01."""
-    return str(np.datetime64(int(day), "D"))

@@ -12,12 +12,11 @@ from joint.data.planted.draw import MOVIE, SERIES, START
 from joint.data.planted.truth import Chances, Parameters, zipf_choice
 from joint.data.ragged import Ragged, offsets_of
 from joint.data.requests import Column
-from joint.schema import History
+from joint.schema import SECONDS_A_DAY, History
 
 LISTS = ("effective", "series", "movies", "liked")  # the histories; only `effective` has any effect
 WATCHED = np.array([0.25, 0.5, 0.75, 1.0, 2.0])  # edges of the event `watched`, in lengths of the item
 GROUPS = 5
-DAY = 86_400
 
 
 class Visits(NamedTuple):
@@ -35,8 +34,8 @@ def draw_visits(p: Parameters, seed: int) -> Visits:
     day = np.arange(p.requests) * p.days // p.requests
     people = rng.permutation(p.users)
     user = people[zipf_choice(rng, p.users, p.requests, p.activity)]
-    seconds = [np.sort(rng.choice(DAY, size, replace=False)) for size in np.bincount(day, minlength=p.days)]
-    timestamp = (START + day) * DAY + np.concatenate(seconds)
+    seconds = [np.sort(rng.choice(SECONDS_A_DAY, size, replace=False)) for size in np.bincount(day, minlength=p.days)]
+    timestamp = (START + day) * SECONDS_A_DAY + np.concatenate(seconds)
     order = np.lexsort((timestamp, user, day))
     first = np.flatnonzero(np.diff(day[order] * p.users + user[order], prepend=-1))
     nth = np.empty(p.requests, np.int64)

@@ -26,7 +26,7 @@ from joint.data.planted.truth import BLOCK, LABELS, LIST, Chances, Parameters, T
 from joint.data.ragged import Ragged, offsets_of
 from joint.data.requests import Column, Requests, concatenate_requests
 from joint.errors import ConfigError
-from joint.schema import Feature, Schema, Stage
+from joint.schema import Feature, Schema, Stage, day_name
 from joint.settings import Tree, decode
 from joint.sources import Place
 
@@ -100,7 +100,7 @@ def simulate(
         for day in tqdm(range(p.days), desc="days", disable=None):
             split = {p.days - 2: "valid", p.days - 1: "test"}.get(day, "train")
             requests, reward = simulation.serve_day(day, whole=split != "train")
-            writer.add(without_day(requests), day=str(np.datetime64(START + day, "D")), split=split)
+            writer.add(without_day(requests), day=day_name(START + day), split=split)
             if split == "train":
                 candidates = requests.lists("candidates").values
                 viewed = np.nan_to_num(requests.lists("effective_view").values)

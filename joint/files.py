@@ -1,0 +1,17 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under another name, then rename it: it is never seen half-written, and a failure leaves nothing."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        with contextlib.suppress(OSError):  # it is there after a failure alone
+            unfinished.unlink()
