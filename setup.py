@@ -33,6 +33,8 @@ EXTRAS = {
     "report": REPORT,
     "dev": ["pytest", "ruff", "mypy", *REPORT],
 }
+# The experiments travel inside the wheel, where `joint train configs/sdcl.yaml` finds them.
+CONFIGS = ["joint.configs", "joint.configs.papers", "joint.configs.ablations"]
 
 setup(
     name="joint-cascade-trainer",
@@ -40,8 +42,13 @@ setup(
     description="Joint retrieval / pre-ranking / ranking trainer with shared TorchRec tables",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
-    packages=find_packages(include=["joint*", "towers*", "losses*"]),
-    package_data={"joint": ["py.typed"], "towers": ["py.typed"], "losses": ["py.typed"]},
+    packages=[*find_packages(include=["joint*", "towers*", "losses*"]), *CONFIGS],
+    package_dir={"joint.configs": "configs"},
+    package_data={"joint": ["py.typed"], "towers": ["py.typed"], "losses": ["py.typed"]}
+    | {package: ["*.yaml"] for package in CONFIGS},
+    entry_points={"console_scripts": ["joint=joint.__main__:main"]},
+    license="MIT",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
     install_requires=BASE,
     extras_require=EXTRAS,

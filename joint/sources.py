@@ -86,7 +86,7 @@ def read(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Tree:
         ConfigError: unreadable files, YAML mistakes, keys given twice, circular bases, malformed overrides.
     """
     problems: Problems = []
-    layers = [*_chain(os.fspath(path), problems)][::-1]
+    layers = [*_chain(_shipped(os.fspath(path)), problems)][::-1]
     layers += [_override(text, number, problems) for number, text in enumerate(overrides)]
     raise_all(problems)
     return reduce(merge, layers)
@@ -101,6 +101,15 @@ def merge(lower: Tree, upper: Tree) -> Tree:
         children[key] = merge(children[key], child) if key in children else child
     # An override of a key deep inside is not where the mappings around it were written.
     return Tree(children, upper.place if upper.place.layer <= 0 else lower.place)
+
+
+def _shipped(path: str) -> str:
+    """The path itself, or where there is no such file the config of that name (`configs/…`) that was installed."""
+    if os.path.exists(path) or not path.startswith("configs/"):
+        return path
+    package = os.path.dirname(os.path.abspath(__file__))
+    homes = package, os.path.dirname(package)  # of a wheel, of a checkout
+    return next((own for home in homes if os.path.isfile(own := os.path.join(home, path))), path)
 
 
 def _chain(path: str, problems: Problems) -> Iterator[Tree]:

@@ -1,0 +1,59 @@
+"""What an installed copy has: one command for all, and the configs."""
+
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from joint import __main__ as console
+from joint.config import load_config
+
+HOUSE = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", console.COMMANDS)
+def test_every_command_is_a_module_with_a_main(name: str) -> None:
+    assert callable(import_module(f"joint.{name}").main)
+
+
+def test_every_module_that_is_a_command_is_listed() -> None:
+    runs_itself = re.compile(r'^if __name__ == "__main__":', re.MULTILINE)
+    found = {path.stem for path in (HOUSE / "joint").glob("*.py") if runs_itself.search(path.read_text())}
+    assert found - {"__main__"} == set(console.COMMANDS)
+
+
+def test_the_console_runs_a_command_and_ends_as_it_does() -> None:
+    command = [sys.executable, "-m", "joint", "config", "configs/joint.yaml", "evaluation.task=vew"]
+    done = subprocess.run(command, cwd=HOUSE, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "did you mean view?" in done.stderr
+
+
+def test_a_wrong_command_is_named_with_the_nearest() -> None:
+    done = subprocess.run([sys.executable, "-m", "joint", "trian"], cwd=HOUSE, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("joint: no command 'trian'; did you mean train?")
+
+
+def test_configs_are_found_outside_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config, _ = load_config("configs/papers/rra.yaml")
+    assert config.run.name == "rra"
+
+
+def test_a_config_of_the_users_own_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    own = (HOUSE / "configs/joint.yaml").read_text().replace("{name: joint}", "{name: own}")
+    (tmp_path / "configs/joint.yaml").write_text(own)
+    assert load_config("configs/joint.yaml")[0].run.name == "own"
+
+
+def test_the_wheel_has_every_folder_of_configs() -> None:
+    folders = {path.parent.relative_to(HOUSE) for path in (HOUSE / "configs").rglob("*.yaml")}
+    packages = re.search(r"^CONFIGS = \[(.*?)\]", (HOUSE / "setup.py").read_text(), re.MULTILINE | re.DOTALL)
+    assert packages
+    assert set(re.findall(r'"(.*?)"', packages[1])) == {f"joint.{'.'.join(folder.parts)}" for folder in folders}
