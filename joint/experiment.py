@@ -194,12 +194,18 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """How often a run speaks and saves, in steps, and looks at its validation part, in epochs (0: never)."""
+    """How often a run speaks and saves, in steps, and looks at its validation part, in epochs (0: never).
+
+    `precision` is that of the matrix products of encoders and heads in training; tables, logits, losses and evaluation
+    are float32. `fast_lookup` changes no number, only time, on CPU (`joint.fast_lookup`).
+    """
 
     log_every: int = 10
     checkpoint_every: int = 100
     keep: int = 2
     evaluate_every_epochs: int = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
+    fast_lookup: bool = True
 
     def __post_init__(self) -> None:
         _at_least(1, log_every=self.log_every, checkpoint_every=self.checkpoint_every, keep=self.keep)

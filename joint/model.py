@@ -65,9 +65,9 @@ class JointModel(nn.Module):
         item = torch.cat([r[chosen] for r in self._plain(name, "candidate", own)], dim=1)
         match head:
             case RetrievalHead():
-                user = head.user_vectors(request)
-                output = self._scattered(head.logits(user, head.item_vectors(item), row), chosen, batch)
-                vectors = head.item_vectors(torch.cat(self._plain(name, "pool", own), dim=1))
+                user = head.user_vectors(request).float()  # what is multiplied outside of the towers is float32
+                output = self._scattered(head.logits(user, head.item_vectors(item).float(), row), chosen, batch)
+                vectors = head.item_vectors(torch.cat(self._plain(name, "pool", own), dim=1)).float()
                 output.user = user
                 if batch.pool_sampled:
                     assert self.frequency is not None
@@ -80,7 +80,7 @@ class JointModel(nn.Module):
             case _:
                 logits, gated = head(request, item, row)
                 output = self._scattered(logits, chosen, batch)
-                output.features = _scatter(gated, chosen, len(batch.item))
+                output.features = _scatter(gated.float(), chosen, len(batch.item))
         if self.training and name in self.gated:
             output.expected_l0 = expected_l0(head)
         return output

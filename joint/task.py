@@ -36,10 +36,12 @@ class Dense(nn.Module):
         self.model = JointModel(plan)
         self.objectives = plan.config.objectives
         self.tasks = tuple(plan.config.tasks)
+        self.reduced = plan.config.train.precision == "bfloat16"
 
     def forward(self, looked_up: dict[str, object], batch: Batch) -> tuple[Tensor, StepOutput]:
         """The loss over all ranks' units (in training), and the outputs."""
-        outputs = self.model(rows_of(looked_up), batch)
+        with torch.autocast(batch.item.device.type, torch.bfloat16, enabled=self.reduced and self.training):
+            outputs = self.model(rows_of(looked_up), batch)
         if not self.training:
             return batch.labels.new_zeros(()), StepOutput(batch, outputs, {})
         loss, values = self._loss(outputs, batch)

@@ -24,6 +24,7 @@ from joint.distributed import TIMEOUT, process_group, rank, sum_over_ranks, worl
 from joint.errors import RankError, UserError
 from joint.evaluation import evaluator_of
 from joint.experiment import Config
+from joint.fast_lookup import use_fast_lookup
 from joint.features import Plan
 from joint.measure import reference_of
 from joint.negative_weights import negative_weights
@@ -51,6 +52,8 @@ def train(config: Config, dataset: Dataset) -> None:
             make_run(run, config, dataset.schema)
         reporter = Reporter(run, total_steps=total, resumed_from=progress.step)
         costs = head_costs(model.module.dense.model)
+        if config.train.fast_lookup and (trouble := use_fast_lookup(model)):
+            reporter.say(trouble)
         reporter.say(opening(plan, dataset, model, costs, progress, total))
         if not progress.step:
             reporter.numbers(0, cost_numbers(costs))

@@ -102,6 +102,7 @@ class TwoTowerHead(nn.Module):
 
     def logits(self, user: Tensor, item: Tensor, row: Tensor) -> Tensor:
         """`[N, T]` of user vectors `[R, T, D]`, item vectors `[N, T, D]` and each candidate's request `[N]`."""
+        user, item = user.float(), item.float()  # under autocast they are not
         product = user.index_select(0, row) * item
         logits = product.sum(-1) + self.bias
         return logits if self.cross is None else logits + self.cross(user, item, product, row)

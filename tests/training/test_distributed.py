@@ -37,6 +37,8 @@ EQUAL = [
 # 38 requests in three row groups on two shards: in half of the steps the second rank has no request at all.
 UNEVEN = [*EQUAL, "data.train=[valid]", "evaluation.valid=test", "data.epochs=4", "train.evaluate_every_epochs=0"]
 
+PLAIN = [*UNEVEN, "train.fast_lookup=false"]
+
 
 @pytest.fixture(scope="module")
 def both(tiny_text, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -44,7 +46,7 @@ def both(tiny_text, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "tiny.yaml").write_text(tiny_text(folder / "runs"))
     (folder / "equal.json").write_text(json.dumps(EQUAL))
-    (folder / "runs.json").write_text(json.dumps({"two": EQUAL, "uneven-two": UNEVEN}))
+    (folder / "runs.json").write_text(json.dumps({"two": EQUAL, "uneven-two": UNEVEN, "plain-two": PLAIN}))
     for name, overrides in {"one": EQUAL, "uneven-one": UNEVEN}.items():
         assert main([str(folder / "tiny.yaml"), f"run.name={name}", *overrides]) == 0
     environment = os.environ | {"PYTHONPATH": str(Path(joint.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
@@ -78,6 +80,13 @@ def test_two_ranks_train_as_one_does(both, flat, run):
             # Not so what all items of a softmax share, and its like: there the gradient is nothing but rounding.
             learned = alone[f"/optimizer/state/dense.{name.split('/')[-1]}/exp_avg_sq"].sqrt() > 1e-6
         torch.testing.assert_close(together[name][learned], value[learned], atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_the_fast_look_up_gives_two_ranks_the_same_bits(both, flat):
+    fast, plain = (flat(both / "runs" / f"{name}-two" / "checkpoints") for name in ("uneven", "plain"))
+    assert fast.keys() == plain.keys()
+    assert {name for name in fast if not torch.equal(fast[name], plain[name])} == set()
+    assert losses_of(both, "uneven-two") == losses_of(both, "plain-two")
 
 
 def test_the_runs_were_as_uneven_as_can_be(both):
