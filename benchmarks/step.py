@@ -1,0 +1,203 @@
+"""Where the time of a training step goes, and how far the trainer is from its own forward and backward.
+
+    python -m benchmarks.step CONFIG [key=value ...] [--steps 30]
+
+One rank, one thread, medians over the steps; shares are of processor time, which other processes disturb least. The
+parts are those of a step taken apart, on batches held in memory; what is inside of another part counts there only.
+FBGEMM updates the tables within the look-up's backward. Below stands what the trainer does a second, all included
+(its loader's thread too), beside forward and backward alone on the batches in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+import joint.task
+import joint.training
+from joint.batch import Batch
+from joint.config import load_config
+from joint.data.assemble import Assembler
+from joint.data.dataset import Dataset
+from joint.data.loader import Loader
+from joint.data.order import Position
+from joint.distributed import process_group
+from joint.experiment import Config
+from joint.fast_lookup import use_fast_lookup
+from joint.features import Plan
+from joint.optimizers import build_optimizer, set_learning_rates
+from joint.reporting import Reporter
+from joint.task import build_task
+from towers.embeddings import rows_of
+from towers.mixtures import set_step
+
+BATCHES = 8  # in memory
+WARM_UP = 3  # steps that do not count
+
+
+class Clock:
+    """Wall and processor seconds of named parts, by step; a part's own, without those of parts inside of it."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+        self.inside = [torch.zeros(2)]  # seconds of the parts inside of each part that is open
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time what is inside as a part of the step."""
+        self.inside.append(torch.zeros(2, dtype=torch.float64))
+        began = _now()
+        yield
+        passed = _now() - began
+        self.steps[-1][name] = self.steps[-1].get(name, 0) + passed - self.inside.pop()
+        self.inside[-1] = self.inside[-1] + passed
+
+    def around(self, holder: Any, name: str, part: Any) -> None:
+        """Time every call of a holder's function, as the part of this name or as what `part` makes of its arguments."""
+        function = getattr(holder, name)
+
+        def timed(*arguments: Any, **named: Any) -> Any:
+            with self.part(part if isinstance(part, str) else part(*arguments)):
+                return function(*arguments, **named)
+
+        setattr(holder, name, timed)
+
+    def medians(self) -> dict[str, list[float]]:
+        """Part -> median wall and processor milliseconds, without the first steps."""
+        steps = self.steps[WARM_UP:]
+        return {
+            name: (1e3 * torch.stack([step[name] for step in steps]).median(0).values).tolist() for name in steps[0]
+        }
+
+
+def _now() -> torch.Tensor:
+    return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
+
+
+class EnoughError(Exception):
+    """The trainer has made its steps."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table and the two rates."""
+    parser = argparse.ArgumentParser(prog="benchmarks.step", description="Where the time of a training step goes.")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--steps", type=int, default=30)
+    parsed = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        config, _ = load_config(parsed.config, [*parsed.overrides, f"run.dir={folder}", "run.name=step"])
+        dataset = Dataset(config.data.path)
+        with process_group() as device:
+            plan = Plan(config, dataset.schema)
+            loader = Loader(Assembler(plan, dataset), rank=0, world_size=1)
+            batches = [batch.to(device) for batch in islice(loader._batches(Position()), BATCHES)]
+            model = build_task(plan, device)
+            optimizer = build_optimizer(model, config.optimizer)
+            if config.train.fast_lookup:
+                use_fast_lookup(model)
+            model.train()
+            alone = forward_and_backward(model, optimizer, batches, parsed.steps)
+            clock = taken_apart(model, optimizer, config, batches, parsed.steps)
+        show(clock.medians())
+        whole, waited = trainer(config, dataset, parsed.steps)
+    candidates = statistics.mean(len(batch.item) for batch in batches)
+    print(f"\n{'candidates a second of':28}{'wall':>9}{'processor':>14}")
+    for name, seconds in (("the trainer", whole), ("forward and backward alone", alone)):
+        print(f"{name:28}{candidates / seconds[0]:9.0f}{candidates / seconds[1]:14.0f}")
+    print(f"{'ratio':28}{alone[0] / whole[0]:9.2f}{alone[1] / whole[1]:14.2f}")
+    print(f"the trainer waited for data {waited:.1%} of the time")
+
+
+def forward_and_backward(model: nn.Module, optimizer: Any, batches: Sequence[Batch], steps: int) -> torch.Tensor:
+    """Median wall and processor seconds of a step without data, reports and dense optimizer."""
+    seconds = []
+    for step in range(WARM_UP + steps):
+        set_step(model, step)
+        optimizer.zero_grad()
+        began = _now()
+        model(batches[step % len(batches)])[0].backward()
+        seconds.append(_now() - began)
+    return torch.stack(seconds[WARM_UP:]).median(0).values
+
+
+def taken_apart(model: nn.Module, optimizer: Any, config: Config, batches: Sequence[Batch], steps: int) -> Clock:
+    """Steps of which every part is timed. The looked-up rows become leaves, to split the backward at them."""
+    clock, task = Clock(), model.module  # type: ignore[union-attr]
+    names = {id(objective): name for name, objective in config.objectives.items()}
+    clock.around(joint.task, "compute", lambda objective, *_: f"objective {names[id(objective)]}")
+    clock.around(task.dense.model, "_head", lambda name, *_: f"head {name}")  # type: ignore[union-attr]
+    for name, encoder in task.dense.model.encoders.items():  # type: ignore[union-attr]
+        clock.around(encoder, "forward", f"encoder {name}")
+    for step in range(WARM_UP + steps):
+        clock.steps.append({})
+        batch = batches[step % len(batches)]
+        set_step(model, step)
+        set_learning_rates(optimizer, config.optimizer, step)
+        with clock.part("zero gradients"):
+            optimizer.zero_grad()
+        with clock.part("look-up, forward"):
+            rows = rows_of(task.embeddings(batch.sparse))
+        leaves = {key: row.detach().requires_grad_() for key, row in rows.items()}
+        looked_up = {key: SimpleNamespace(values=partial(_same, leaf)) for key, leaf in leaves.items()}
+        with clock.part("forward, the rest"):
+            loss, _ = task.dense({"": looked_up}, batch)
+        with clock.part("dense, backward"):
+            loss.backward()
+        read = [key for key, leaf in leaves.items() if leaf.grad is not None]
+        with clock.part("look-up, backward"):
+            torch.autograd.backward([rows[key] for key in read], [leaves[key].grad for key in read])
+        with clock.part("dense, optimizer"):
+            optimizer.step()
+    return clock
+
+
+def _same(leaf: torch.Tensor) -> torch.Tensor:
+    return leaf
+
+
+def show(parts: Mapping[str, Sequence[float]]) -> None:
+    """Print a line a part."""
+    whole = sum(processor for _, processor in parts.values())
+    print(f"{'part':28}{'wall ms':>9}{'processor ms':>14}{'share':>8}")
+    for name, (wall, processor) in [*parts.items(), ("sum", (sum(wall for wall, _ in parts.values()), whole))]:
+        print(f"{name:28}{wall:9.1f}{processor:14.1f}{processor / whole:8.1%}")
+
+
+def trainer(config: Config, dataset: Dataset, steps: int) -> tuple[torch.Tensor, float]:
+    """Median wall and processor seconds from step to step of the trainer itself, and the share it waited for data."""
+    ends, waits = [], []
+
+    class Counting(Reporter):
+        def step(self, *arguments: Any, waited: float, **named: Any) -> None:
+            super().step(*arguments, waited=waited, **named)
+            ends.append(_now())
+            waits.append(waited)
+            if len(ends) > WARM_UP + steps:
+                raise EnoughError
+
+        def say(self, text: str) -> None:
+            """Nothing: the table is the output."""
+
+    joint.training.Reporter = Counting  # type: ignore[misc]
+    with suppress(EnoughError):
+        joint.training.train(config, dataset)
+    between = torch.stack(ends).diff(dim=0)[WARM_UP:]
+    return between.median(0).values, sum(waits[WARM_UP + 1 :]) / float(between[:, 0].sum())
+
+
+if __name__ == "__main__":
+    main()
