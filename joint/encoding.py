@@ -54,4 +54,4 @@ class HistoryEncoder(nn.Module):
             return self.encoder(history, lengths)
         assert chosen is not None
         target = torch.cat([rows[key] for key in self.target_keys], dim=1)
-        return self.encoder(history, lengths, target[chosen], batch.row[chosen])
+        return self.encoder(history, lengths, target.index_select(0, chosen), batch.row.index_select(0, chosen))

@@ -60,9 +60,9 @@ class JointModel(nn.Module):
     def _head(self, name: str, own: Rows, rows: Rows, batch: Batch, encoded: Rows) -> HeadOutput:
         """`own` are the rows as this head may change them, `rows` as those may who share its encoders."""
         head, chosen = self.heads[name], batch.head_rows[name]
-        row = batch.row[chosen]
+        row = _chosen(batch.row, chosen)
         request = torch.cat([*self._plain(name, "request", own), *self._encoded(name, own, rows, batch, encoded)], 1)
-        item = torch.cat([r[chosen] for r in self._plain(name, "candidate", own)], dim=1)
+        item = _chosen(torch.cat(self._plain(name, "candidate", own), dim=1), chosen)
         match head:
             case RetrievalHead():
                 user = head.user_vectors(request).float()  # what is multiplied outside of the towers is float32
@@ -113,6 +113,11 @@ class JointModel(nn.Module):
         computed = torch.zeros_like(batch.item, dtype=torch.bool)
         computed[chosen] = True
         return HeadOutput(logits=_scatter(logits.float(), chosen, len(batch.item)), computed=computed)
+
+
+def _chosen(values: Tensor, chosen: Tensor) -> Tensor:
+    """Those of the chosen candidates, which ascend: as many as there are is all of them."""
+    return values if len(chosen) == len(values) else values.index_select(0, chosen)
 
 
 def _scatter(values: Tensor, chosen: Tensor, count: int) -> Tensor:

@@ -48,7 +48,7 @@ class FactoredLinear(nn.Module):
 
     def forward(self, request: Tensor, candidate: Tensor, row: Tensor) -> Tensor:
         """`[N, out_dim]` of `request [R, ·]`, `candidate [N, ·]` and each candidate's request `row [N]`."""
-        return self.request_part(request)[row] + self.candidate_part(candidate)
+        return self.request_part(request).index_select(0, row) + self.candidate_part(candidate)
 
 
 class GroupedLinear(nn.Module):

@@ -102,7 +102,8 @@ class TwoTowerHead(nn.Module):
 
     def logits(self, user: Tensor, item: Tensor, row: Tensor) -> Tensor:
         """`[N, T]` of user vectors `[R, T, D]`, item vectors `[N, T, D]` and each candidate's request `[N]`."""
-        user, item = user.float(), item.float()  # under autocast they are not
+        full = torch.promote_types(user.dtype, torch.float32)  # under autocast vectors are less
+        user, item = user.to(full), item.to(full)
         product = user.index_select(0, row) * item
         logits = product.sum(-1) + self.bias
         return logits if self.cross is None else logits + self.cross(user, item, product, row)

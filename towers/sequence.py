@@ -4,6 +4,7 @@ A history is `[R, L, D]` with `lengths [R]`: request r has its events, oldest fi
 places, then padding, whose content never matters. A length above L is read as L. No events give zeros.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -201,6 +202,7 @@ class TargetAttentionEncoder(nn.Module):
 
         Candidates may come in any order; it is fast where those of a request follow one another.
         """
+        lengths = lengths.clamp(max=history.shape[1])
         valid = _age(lengths, history.shape[1]) >= 0
         history = history.masked_fill(~valid.unsqueeze(2), 0.0)
         event, candidate, difference, product = self.first.weight.chunk(4, dim=1)
@@ -208,24 +210,26 @@ class TargetAttentionEncoder(nn.Module):
         # An exported graph has no loop over a dynamic N: there each candidate is a request of its own.
         if torch.compiler.is_exporting() or target.shape[0] == 0:
             return self._attend(target.unsqueeze(1), history[row], valid[row], *weights).squeeze(1)
-        return self._in_blocks(target, row, history, valid, *weights)
+        return self._in_blocks(target, row, history, lengths, valid, *weights)
 
-    def _in_blocks(self, target: Tensor, row: Tensor, history: Tensor, valid: Tensor, *weights: Tensor) -> Tensor:
-        """`[N, D]`: blocks of requests padded to their most candidates; one with too many goes in parts."""
-        per_candidate = self.widest * max(history.shape[1], target.shape[1])
-        most = max(1, BLOCK_ELEMENTS[target.device.type] // per_candidate)
+    def _in_blocks(
+        self, target: Tensor, row: Tensor, history: Tensor, lengths: Tensor, valid: Tensor, *weights: Tensor
+    ) -> Tensor:
+        """`[N, D]`: blocks of requests padded to their most candidates and events; one with too many goes in parts."""
+        room = BLOCK_ELEMENTS[target.device.type] // self.widest
+        wide = max(history.shape[1], target.shape[1])
         attend: Callable[..., Tensor] = self._attend
-        if target.shape[0] * per_candidate > SAVED_ELEMENTS:
+        if target.shape[0] * wide * self.widest > SAVED_ELEMENTS:
             attend = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
-        request, place, blocks = _layout(row, most)
-        sizes = [requests for requests, _ in blocks]
-        areas = [requests * width for requests, width in blocks]
+        request, place, blocks = _layout(row, lengths, room=room, dim=target.shape[1])
+        sizes = [runs for runs, _, _ in blocks]
+        areas = [runs * width for runs, width, _ in blocks]
         padded = target.new_zeros(sum(areas), target.shape[1]).index_copy(0, place, target).split(areas)
         histories, valids = (x.index_select(0, request).split(sizes) for x in (history, valid))
         out = []
-        for block, candidates, *events in zip(blocks, padded, histories, valids, strict=True):
-            parts = candidates.unflatten(0, block).split(most, dim=1)
-            attended = [attend(part, *events, *weights) for part in parts]
+        for (runs, width, events), candidates, past, real in zip(blocks, padded, histories, valids, strict=True):
+            parts = candidates.unflatten(0, (runs, width)).split(max(1, room // wide), dim=1)
+            attended = [attend(part, past[:, :events], real[:, :events], *weights) for part in parts]
             out.append(torch.cat(attended, dim=1).flatten(0, 1))
         return torch.cat(out).index_select(0, place)
 
@@ -257,15 +261,17 @@ class TargetAttentionEncoder(nn.Module):
         return x.squeeze(1).unflatten(1, (short.shape[1], long.shape[1]))
 
 
-def _layout(row: Tensor, most: int) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
-    """Runs of candidates of one request, the longest first, in blocks padded to their longest run.
+def _layout(row: Tensor, lengths: Tensor, *, room: int, dim: int) -> tuple[Tensor, Tensor, list[tuple[int, int, int]]]:
+    """Runs of candidates of one request in blocks, padded to the longest run and history of the block.
 
     Gives the runs' requests, each candidate's place `[N]` among the padded ones of all blocks, and the blocks.
     """
     request, counts = row.unique_consecutive(return_counts=True)
-    descending, order = counts.sort(descending=True, stable=True)
-    blocks = _blocks(descending.tolist(), most)
-    sizes, widths = torch.tensor(blocks, device=row.device).unbind(1)
+    events = lengths[request]
+    level = torch.frexp(events.double()).exponent.long()  # histories of a block are alike up to a factor of 2
+    order = ((level << 32) - counts).argsort(stable=True)
+    blocks = _blocks(*torch.stack([counts, events])[:, order].tolist(), room=room, dim=dim)
+    sizes, widths, _ = torch.tensor(blocks, device=row.device).unbind(1)
     width = widths.repeat_interleave(sizes)
     start = (width.cumsum(0) - width)[order.argsort()]
     shift = start - (counts.cumsum(0) - counts)
@@ -273,13 +279,20 @@ def _layout(row: Tensor, most: int) -> tuple[Tensor, Tensor, list[tuple[int, int
     return request[order], place, blocks
 
 
-def _blocks(counts: list[int], most: int) -> list[tuple[int, int]]:
-    """(runs, longest run) of each block: at most `most` padded candidates, or one run. `counts` descend."""
+def _blocks(counts: list[int], events: list[int], *, room: int, dim: int) -> list[tuple[int, int, int]]:
+    """(runs, longest run, longest history) of each block.
+
+    A block's widest tensor has `room` numbers in each hidden unit, or is one run's. By level (the bits of the number)
+    events rise and, within a level, counts descend.
+    """
+    levels = [number.bit_length() for number in events]
     blocks, start = [], 0
     while start < len(counts):
-        runs = min(max(1, most // counts[start]), len(counts) - start)
-        blocks.append((runs, counts[start]))
-        start += runs
+        short, long = sorted([counts[start], max(1, 2 ** levels[start] - 1)])
+        most = max(1, room // (short * max(long, dim)))
+        stop = min(start + most, bisect_right(levels, levels[start]))
+        blocks.append((stop - start, counts[start], max(1, *events[start:stop])))
+        start = stop
     return blocks
 
 

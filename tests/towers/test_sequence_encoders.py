@@ -1,5 +1,6 @@
 """History encoders against loops in numpy; padding, empty histories, blocks and export."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -285,11 +286,15 @@ def test_target_attention_takes_candidates_in_any_order() -> None:
 
 
 def test_blocks_of_requests() -> None:
-    assert sequence._blocks([9, 4, 4, 3, 1, 1], 8) == [(1, 9), (2, 4), (2, 3), (1, 1)]
-    request, place, blocks = sequence._layout(torch.tensor([0, 2, 2, 2, 5, 5]), 6)
-    assert blocks == [(2, 3), (1, 1)]
-    assert request.tolist() == [2, 5, 0]
-    assert place.tolist() == [6, 0, 1, 2, 3, 4]
+    blocks = partial(sequence._blocks, room=32, dim=2)
+    assert blocks([9, 4, 4, 3, 1, 1], [1, 2, 3, 2, 4, 7]) == [(1, 9, 1), (2, 4, 3), (1, 3, 2), (2, 1, 7)]
+    assert blocks([9, 4], [0, 0]) == [(2, 9, 1)]
+    assert blocks([40], [40]) == [(1, 40, 40)]
+    row, lengths = torch.tensor([0, 2, 2, 2, 5, 5]), torch.tensor([3, 9, 2, 9, 9, 1])
+    request, place, blocks = sequence._layout(row, lengths, room=32, dim=2)
+    assert request.tolist() == [5, 2, 0]
+    assert blocks == [(1, 2, 1), (2, 3, 3)]
+    assert place.tolist() == [5, 2, 3, 4, 0, 1]
 
 
 class Largest(TorchDispatchMode):
@@ -314,6 +319,7 @@ def test_target_attention_builds_nothing_larger_than_a_block(monkeypatch: pytest
 def test_target_attention_memory_does_not_grow_with_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = make(TargetAttention(hidden=(6,)))
     history, target = inputs()
+    lengths = torch.full_like(LENGTHS, history.shape[1])
     monkeypatch.setitem(sequence.BLOCK_ELEMENTS, "cpu", 2 * 6 * 5)
 
     def saved_by(limit: int) -> int:
@@ -325,7 +331,7 @@ def test_target_attention_memory_does_not_grow_with_candidates(monkeypatch: pyte
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            encoder(history, LENGTHS, target.repeat_interleave(10, 0), ROW.repeat_interleave(10)).sum()
+            encoder(history, lengths, target.repeat_interleave(10, 0), ROW.repeat_interleave(10)).sum()
         return sum(x.numel() for x in saved.values())
 
     first_layer = 60 * 5 * 6
