@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "towers": {"towers", "torch", "torchrec"},
     "joint": {
         *("joint", "losses", "towers", "torch", "torchrec", "numpy", "pandas", "pyarrow", "omegaconf", "yaml"),
-        *("tqdm", "scipy", "matplotlib"),  # TorchRec brings the first; the others are the extra [report]
+        *("fbgemm_gpu", "tqdm", "scipy", "matplotlib"),  # TorchRec brings tqdm; the last two are the extra [report]
     },
 }
 WITHOUT_TORCH = ("joint.schema", "joint.data.ragged", "joint.versions", "joint.settings", "joint.errors")
