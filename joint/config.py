@@ -125,10 +125,9 @@ def _penalty_mistakes(config: Config, path: str, objective: ExpectedL0) -> Itera
     heads = heads_of(config)
     yield from unknown_names(f"{path}.head", [objective.head], list(heads), "head")
     if objective.head in heads and not isinstance(heads[objective.head].trunk, Snr):
-        yield (
-            path,
-            f"expected_l0 is of a trunk of kind snr; that of {objective.head} is {heads[objective.head].trunk.kind}",
-        )
+        trunk = heads[objective.head].trunk
+        found = f"is {trunk.kind}" if trunk else "is null"
+        yield path, f"expected_l0 is of a trunk of kind snr; that of {objective.head} {found}"
 
 
 POOLS = ({"corpus"}, {"in_batch"}, {"random"}, {"in_batch", "random"})

@@ -51,7 +51,7 @@ def head_costs(model: JointModel) -> dict[str, Cost]:
 
 def _cost(model: JointModel, name: str) -> Cost:
     plan, head = model.plan, model.heads[name]
-    device = next(head.parameters()).device
+    device = next(model.parameters()).device
     encoders = {e: _reading(model, name, e) for e in plan.head_encoders(name)}
     parameters = sum(p.numel() for module in (head, *encoders.values()) for p in module.parameters())
     request = torch.zeros(1, sum(plan.fields(name, "request").values()), device=device)

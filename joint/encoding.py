@@ -36,15 +36,18 @@ class HistoryEncoder(nn.Module):
 
     def history(self, rows: Rows, batch: Batch) -> tuple[Tensor, Tensor]:
         """`[R, L, D]` and lengths `[R]`."""
+        lengths = batch.lengths[self.config.history]
         past = torch.cat([rows[key] for key in self.item_keys], dim=1)
         if self.event is not None:
             event = self.event(torch.cat([rows[key] for key in self.event_keys], dim=1))
             past = past * event if self.config.combine == "multiply" else past + event
         if self.competing is not None:
             valid = batch.competitors[self.config.history]
-            others = torch.cat([rows[key] for key in self.competitor_keys], dim=1)
-            past = self.competing(past, others.unflatten(0, valid.shape), valid)
-        lengths = batch.lengths[self.config.history]
+            others = torch.cat([rows[key] for key in self.competitor_keys], dim=1).unflatten(0, valid.shape)
+            if self.config.competing is not None and self.config.competing.reverse:
+                mirrored = _mirrored(lengths)
+                others, valid = others.index_select(0, mirrored), valid.index_select(0, mirrored)
+            past = self.competing(past, others, valid)
         return to_padded(past, lengths, self.config.length), lengths
 
     def forward(self, rows: Rows, batch: Batch, chosen: Tensor | None = None) -> Tensor:
@@ -55,3 +58,10 @@ class HistoryEncoder(nn.Module):
         assert chosen is not None
         target = torch.cat([rows[key] for key in self.target_keys], dim=1)
         return self.encoder(history, lengths, target.index_select(0, chosen), batch.row.index_select(0, chosen))
+
+
+def _mirrored(lengths: Tensor) -> Tensor:
+    """For each event of histories of `lengths [R]`, the one as far from their other end: int64 [ΣL]."""
+    ends = lengths.cumsum(0)
+    first_and_last = (2 * ends - lengths - 1).repeat_interleave(lengths)
+    return first_and_last - torch.arange(len(first_and_last), device=lengths.device)

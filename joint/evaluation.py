@@ -162,10 +162,10 @@ class Evaluator:
         column = torch.from_numpy(self.eligibility.columns(item)).to(self.device)
         of = torch.from_numpy(row).to(self.device)
         place = pool_ranks(scores, of, column, mask=eligible)
-        found: dict[str, State] = {
-            f"retrieval/recall@{k}": metrics.recall_by_request(place, of, len(requests), k)
-            for k in self.config.evaluation.k
-        }
+        found: dict[str, State] = {}
+        for k in self.config.evaluation.k:
+            found[f"retrieval/recall@{k}"] = metrics.recall_by_request(place, of, len(requests), k)
+            found[f"retrieval/dcg_per_positive@{k}"] = metrics.dcg_by_request(place, of, len(requests), k)
         quotas = self.config.evaluation.quotas
         if "retrieval" in quotas:
             kept = scores.topk(min(quotas["retrieval"], corpus.shape[0]), dim=1).indices.cpu().numpy()

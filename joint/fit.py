@@ -70,6 +70,8 @@ def _misfits(config: Config, schema: Schema) -> Iterator[Mistake]:
         yield from unknown_names(f"heads.{name}.features", head.features, known, "feature, encoder or cross feature")
         used |= {f: features[f] for f in head.features if f in features}
         yield from _sides(f"heads.{name}.features", config, head.features, features)
+        if isinstance(head, Retrieval) and head.trunk is None:
+            yield from _bare_vectors(f"heads.{name}.dim", config, head, features)
         if isinstance(head, Retrieval) and head.gate is not None:
             of_items = [n for n in head.gate.prior if n in features and features[n].level == "item"]
             if of_items:
@@ -99,6 +101,17 @@ def _sides(path: str, config: Config, names: Sequence[str], features: Mapping[st
         yield path, "names nothing of the request; expected a request feature or an encoder of a history"
     if "item" not in levels:
         yield path, "names nothing of the item; expected an item feature"
+
+
+def _bare_vectors(path: str, config: Config, head: Retrieval, features: Mapping[str, Feature]) -> Iterator[Mistake]:
+    """Without towers, the columns of either side are its vector."""
+    encoded = [config.encoders[name].features for name in head.features if name in config.encoders]
+    of_user = [name for name in head.features if name in features and features[name].level == "request"]
+    of_user += [name for names in encoded for name in names]
+    of_item = [name for name in head.features if name in features and features[name].level == "item"]
+    user, item = (sum(_width(config, features[n]) for n in names if n in features) for names in (of_user, of_item))
+    if not user == item == head.dim:
+        yield path, f"is {head.dim}; without a trunk it is the width of user and item, which are {user} and {item}"
 
 
 def _width(config: Config, feature: Feature) -> int:

@@ -22,7 +22,8 @@ from towers.tower import Tower
 class Retrieval:
     """A user tower with a vector per task, and one item tower; logit = similarity / temperature.
 
-    The user tower may begin with a `gate` and an `interaction` and end in layers of each task (`task_hidden`, RRA
+    `trunk` null: no towers. The user's columns are the vector of every task and the item's columns are the item's
+    vector, `dim` wide both (SASRec: the newest state against the embedding). Otherwise the user tower may begin with a `gate` and an `interaction` and end in layers of each task (`task_hidden`, RRA
     4.2.4). `fusion` weighs the tasks' logits in the served score, which is one vector a user (RRA Eq 8); none named:
     all 1. `bias` learns a number per task that is added to the logits in training only, so that one similarity can
     serve a softmax, which it leaves alone, and a binary loss.
@@ -31,7 +32,7 @@ class Retrieval:
     features: tuple[str, ...]
     gate: Gate | None = None
     interaction: Interaction | None = None
-    trunk: Trunk = SharedBottom()
+    trunk: Trunk | None = SharedBottom()
     task_hidden: tuple[int, ...] = ()
     item_hidden: tuple[int, ...] = ()
     dim: int = 32
@@ -46,6 +47,9 @@ class Retrieval:
         check_choice("similarity", self.similarity, "dot", "cosine")
         check_positive(temperature=self.temperature)
         check_fusion(self.fusion)
+        layers = (self.gate, self.interaction, self.task_hidden, self.item_hidden)
+        if self.trunk is None and any(layers):
+            raise ValueError("trunk null leaves no towers for gate, interaction, task_hidden or item_hidden")
 
 
 class RetrievalHead(nn.Module):
@@ -57,6 +61,12 @@ class RetrievalHead(nn.Module):
         super().__init__()
         check_prior(request_fields, gate=config.gate)
         self.config = config
+        self.tasks = tasks
+        self.bias = nn.Parameter(torch.zeros(tasks)) if config.bias else None
+        if config.trunk is None:
+            assert width_of(request_fields) == width_of(item_fields) == config.dim
+            self.user, self.item = None, nn.Identity()
+            return
         self.user = Tower(
             fields=request_fields,
             gate=config.gate,
@@ -67,13 +77,12 @@ class RetrievalHead(nn.Module):
             tasks=tasks,
             seed=seed,
         )
-        self.bias = nn.Parameter(torch.zeros(tasks)) if config.bias else None
         body = Mlp(width_of(item_fields), config.item_hidden)
         self.item = nn.Sequential(body, nn.Linear(body.out_dim, config.dim))
 
     def user_vectors(self, request: Tensor) -> Tensor:
         """`[R, T, D]` of the request side `[R, request_dim]`; the temperature is folded in."""
-        vectors = self.user(request)
+        vectors = request.unsqueeze(1).expand(-1, self.tasks, -1) if self.user is None else self.user(request)
         if self.config.similarity == "cosine":
             vectors = F.normalize(vectors, dim=-1)
         return vectors / self.config.temperature

@@ -82,12 +82,14 @@ class SelfAttention:
 class TargetAttention:
     """Attention of the candidate over the history (DIN: Zhou et al., KDD'18), an MLP of `hidden` layers.
 
-    DIN weights the events by the MLP's outputs as they are; `softmax` normalises them (RecFlow).
+    DIN weights the events by the MLP's outputs as they are; `softmax` normalises them (RecFlow). `crossed`: the MLP
+    sees the difference and the product of event and candidate beside the two themselves (RecFlow's does not).
     """
 
     kind: Literal["target_attention"] = "target_attention"
     hidden: tuple[int, ...] = (64,)
     softmax: bool = False
+    crossed: bool = True
 
     def __post_init__(self) -> None:
         check_widths(hidden=self.hidden)
@@ -101,6 +103,7 @@ class Competing:
     """Attention of a past event over what competed with it for exposure, an MLP of `hidden` layers (RecFlow A.6)."""
 
     hidden: tuple[int, ...] = (80,)
+    reverse: bool = False  # a placebo: the oldest event has the newest one's competitors, and so on
 
     def __post_init__(self) -> None:
         check_widths(hidden=self.hidden)
@@ -181,7 +184,7 @@ class SelfAttentionEncoder(nn.Module):
 
 
 class TargetAttentionEncoder(nn.Module):
-    """`Σ_j a([e_j; t; e_j - t; e_j ⊙ t]) e_j` over the history of the candidate's request.
+    """`Σ_j a([e_j; t; e_j - t; e_j ⊙ t]) e_j` over the history of the candidate's request; `a([e_j; t])` if not crossed.
 
     The first layer of `a`, `W_e e + W_t t + W_d (e - t) + W_p (e ⊙ t) + b`, is linear in the event for a given
     candidate, `(W_e + W_d + W_p diag(t)) e + (W_t - W_d) t + b`, and likewise in the candidate for a given event.
@@ -192,7 +195,8 @@ class TargetAttentionEncoder(nn.Module):
     def __init__(self, config: TargetAttention, *, dim: int) -> None:
         super().__init__()
         self.softmax = config.softmax
-        self.first = nn.Linear(4 * dim, config.hidden[0])
+        self.parts = 4 if config.crossed else 2
+        self.first = nn.Linear(self.parts * dim, config.hidden[0])
         self.rest = nn.Sequential(nn.ReLU(), Mlp(config.hidden[0], config.hidden[1:]), nn.Linear(config.hidden[-1], 1))
         self.widest = max(config.hidden)
         self.out_dim = dim
@@ -205,7 +209,8 @@ class TargetAttentionEncoder(nn.Module):
         lengths = lengths.clamp(max=history.shape[1])
         valid = _age(lengths, history.shape[1]) >= 0
         history = history.masked_fill(~valid.unsqueeze(2), 0.0)
-        event, candidate, difference, product = self.first.weight.chunk(4, dim=1)
+        event, candidate, *crossed = self.first.weight.chunk(self.parts, dim=1)
+        difference, product = crossed or [torch.zeros_like(event)] * 2
         weights = (event + difference, candidate - difference, product)
         # An exported graph has no loop over a dynamic N: there each candidate is a request of its own.
         if torch.compiler.is_exporting() or target.shape[0] == 0:

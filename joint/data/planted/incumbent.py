@@ -29,6 +29,11 @@ class Logged:
     chances: Chances  # the truth of these pairs
     reward: np.ndarray  # true reward of the first ten by re-ranking, mean per item [R]
 
+    def best_ranked(self, count: int) -> np.ndarray:
+        """The first items of each request in the order of ranking, shown or not, [R, count]."""
+        place = np.where(self.rank_index < 0, self.items.shape[1], self.rank_index)
+        return np.take_along_axis(self.items, np.argsort(place, axis=1, kind="stable")[:, :count], axis=1)
+
 
 class Incumbent:
     """The funnel of a world. Its noise is one stream a stage: serve requests in one order, in pieces of any size."""

@@ -90,7 +90,10 @@ class Memory:
         """Of users who have seen nothing yet."""
         types = {"item": np.int32, "watched": np.int8, "timestamp": np.int64}
         shape = p.users, p.history
-        return cls({name: {key: np.full(shape, -1, of) for key, of in types.items()} for name in LISTS}, kind)
+        lists = {name: {key: np.full(shape, -1, of) for key, of in types.items()} for name in LISTS}
+        if p.competitors:
+            lists["effective"]["competitors"] = np.full((*shape, p.competitors), -1, np.int32)
+        return cls(lists, kind)
 
     def recall(self, user: np.ndarray) -> dict[str, Column]:
         """The history columns of requests of these users."""
@@ -99,13 +102,23 @@ class Memory:
             known = kept["item"][user] >= 0
             offsets = offsets_of(known.sum(axis=1))
             for key, values in kept.items():
-                columns[name if key == "item" else f"{name}.{key}"] = Ragged(values[user][known], offsets)
+                each = values.shape[2] if values.ndim == 3 else 1
+                column = name if key == "item" else f"{name}.{key}"
+                columns[column] = Ragged(values[user][known].ravel(), offsets * each)
         return columns
 
     def keep(
-        self, user: np.ndarray, timestamp: np.ndarray, items: np.ndarray, labels: Mapping[str, np.ndarray]
+        self,
+        user: np.ndarray,
+        timestamp: np.ndarray,
+        items: np.ndarray,
+        labels: Mapping[str, np.ndarray],
+        competitors: np.ndarray,
     ) -> None:
-        """Remember what was viewed of `items` [R, E], one request a user, with its labels [R, E]."""
+        """Remember what was viewed of `items` [R, E], one request a user, with its labels [R, E].
+
+        `competitors` [R, K] are what the events of a request competed with.
+        """
         viewed = labels["effective_view"] > 0
         kind = self.kind[items]
         marks = (viewed, viewed & (kind == SERIES), viewed & (kind == MOVIE), labels["like"] > 0)
@@ -113,18 +126,22 @@ class Memory:
             "item": items,
             "watched": np.searchsorted(WATCHED, labels["watch_ratio"], side="right") + 1,
             "timestamp": np.broadcast_to(timestamp[:, None], items.shape),
+            "competitors": np.broadcast_to(competitors[:, None], (*items.shape, competitors.shape[1])),
         }
         for kept, mark in zip(self.lists.values(), marks, strict=True):
             known = np.hstack([kept["item"][user] >= 0, mark])
             # A stable sort by 'known' moves the gaps to the left and keeps the rest in order.
             order = np.argsort(known, axis=1, kind="stable")[:, -kept["item"].shape[1] :]
-            known = np.take_along_axis(known, order, axis=1)
+            known, row = np.take_along_axis(known, order, axis=1), np.arange(len(order))[:, None]
             for key, values in kept.items():
-                values[user] = np.where(
-                    known, np.take_along_axis(np.hstack([values[user], events[key]]), order, axis=1), -1
-                )
+                newest = np.hstack([values[user], events[key]])[row, order]
+                newest[~known] = -1
+                values[user] = newest
 
 
-def histories() -> tuple[History, ...]:
+def histories(p: Parameters) -> tuple[History, ...]:
     """The histories of the log, each with how much of an item was watched, and when."""
-    return tuple(History(name=name, events=("watched",), timed=True) for name in LISTS)
+    return tuple(
+        History(name=name, events=("watched",), timed=True, competitors=p.competitors if name == "effective" else 0)
+        for name in LISTS
+    )

@@ -162,7 +162,11 @@ class Simulation:
         chances = Chances(*(chance[exposed.ravel()] for chance in logged.chances))
         labels = self.feedback(chances, items)
         self.memory.keep(
-            user, timestamp, items.reshape(shape), {name: values.reshape(shape) for name, values in labels.items()}
+            user,
+            timestamp,
+            items.reshape(shape),
+            {name: values.reshape(shape) for name, values in labels.items()},
+            logged.best_ranked(self.truth.parameters.competitors),
         )
         known = self._known(logged.passed) | whole
         return Requests(columns | _candidates(logged, exposed, labels, known)), logged.reward
@@ -248,7 +252,7 @@ def _schema(world: World) -> Schema:
         name="simulated",
         items=world.truth.parameters.items,
         features=(*world.features, watched),
-        histories=histories(),
+        histories=histories(world.truth.parameters),
         labels=LABELS,
         stages=tuple(flag.name.lower() for flag in Stage if flag.name and flag != Stage.RANDOM),
         input_space={"pre_ranking": ("prerank_neg", "coarse_neg", "ranked"), "ranking": ("ranked",)},

@@ -42,6 +42,7 @@ class Parameters:
     days: Annotated[int, "days of the log; the last is the test part, the one before the validation part"] = 12
     requests: Annotated[int, "requests, as many every day"] = 1800
     history: Annotated[int, "newest past items that a request remembers; none of them is shown again"] = 100
+    competitors: Annotated[int, "first items of ranking logged with each past view, as what it competed with"] = 0
 
     user_clusters: Annotated[int, "clusters of users; a cluster has its ages"] = 8
     own_taste: Annotated[float, "share of the variance of users' tastes that is not their cluster's"] = 0.4
@@ -118,7 +119,7 @@ SIGNED = ("view_base", "like_base", "affinity", "clickbait", "series", "drift")
 
 def _mistakes(p: Parameters) -> Iterator[str]:
     for name, value in dataclasses.asdict(p).items():
-        least = 1 if isinstance(value, int) and name not in ("patience", "sampled") else 0
+        least = 1 if isinstance(value, int) and name not in ("patience", "sampled", "competitors") else 0
         if not np.isfinite(value):
             yield f"{name} must be a number, found {value}"
         elif name not in SIGNED and value < least:
@@ -134,6 +135,8 @@ def _mistakes(p: Parameters) -> Iterator[str]:
             f"exposed must be at most reranked (at least {LIST}), ranked, coarse and retrieved, in this order; found "
             f"{p.exposed}, {p.reranked}, {p.ranked}, {p.coarse}, {p.retrieved}"
         )
+    if p.competitors > p.ranked:
+        yield f"competitors must be at most ranked, {p.ranked}; found {p.competitors}"
     if p.dims > MOST_DIMS:
         yield f"dims must be at most {MOST_DIMS}, found {p.dims}"
     if p.retrieved + p.history > p.items - p.later_items:
