@@ -30,6 +30,7 @@ from towers.mixtures import Snr
 from towers.pre_ranking import PreRanking
 from towers.ranking import Ranking
 from towers.retrieval import Retrieval
+from towers.sequence import SelfAttention
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, settings.Tree]:
@@ -86,6 +87,7 @@ def mistakes(config: Config) -> Iterator[Mistake]:
             if not re.fullmatch(r"[A-Za-z_][\w-]*", name) or hasattr(nn.ModuleDict, name):
                 yield section, f"{name!r} cannot be a name; choose a word of letters, digits, _ and -"
     yield from _sharing_mistakes(config)
+    yield from _layers_mistakes(config)
     spaces = {tuple(o.space) == ("corpus",) for o in config.objectives.values() if isinstance(o, MultiClass)}
     if len(spaces) > 1:
         yield "objectives", "some multi_class is over the corpus and some over a sample; expected one pool in a run"
@@ -119,6 +121,16 @@ def _sharing_mistakes(config: Config) -> Iterator[Mistake]:
             readers = {head for head, settings_ in heads.items() if name in settings_.features}
             if len(readers) > 1 and readers <= set(spared):  # what one head reads is its own
                 yield path, f"only {' and '.join(sorted(readers))} read encoder {name}; nothing would train it"
+
+
+def _layers_mistakes(config: Config) -> Iterator[Mistake]:
+    """A dense optimizer needs something to optimize."""
+    head = config.heads.retrieval
+    if head is None or len(heads_of(config)) > 1 or head.trunk is not None or head.bias:
+        return
+    read = [config.encoders[name] for name in head.features if name in config.encoders]
+    if not any(isinstance(e.by, SelfAttention) or e.events or e.competing for e in read):
+        yield "heads.retrieval.trunk", "null, and no encoder with layers: nothing but tables would be trained"
 
 
 def _penalty_mistakes(config: Config, path: str, objective: ExpectedL0) -> Iterator[Mistake]:

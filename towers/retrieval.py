@@ -22,11 +22,12 @@ from towers.tower import Tower
 class Retrieval:
     """A user tower with a vector per task, and one item tower; logit = similarity / temperature.
 
-    `trunk` null: no towers. The user's columns are the vector of every task and the item's columns are the item's
-    vector, `dim` wide both (SASRec: the newest state against the embedding). Otherwise the user tower may begin with a `gate` and an `interaction` and end in layers of each task (`task_hidden`, RRA
-    4.2.4). `fusion` weighs the tasks' logits in the served score, which is one vector a user (RRA Eq 8); none named:
-    all 1. `bias` learns a number per task that is added to the logits in training only, so that one similarity can
-    serve a softmax, which it leaves alone, and a binary loss.
+    The user tower may begin with a `gate` and an `interaction` and end in layers of each task (`task_hidden`, RRA
+    4.2.4). `trunk` null: no towers; the user's columns are the vector of every task and the item's columns that of the
+    item, both `dim` wide (SASRec: the newest state and the item's own row). `fusion` weighs the tasks' logits in the
+    served score, which is one vector a user (RRA Eq 8); none named: all 1. `bias` learns a number per task that is
+    added to the logits in training only, so that one similarity can serve a softmax, which it leaves alone, and a
+    binary loss.
     """
 
     features: tuple[str, ...]
@@ -65,7 +66,8 @@ class RetrievalHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(tasks)) if config.bias else None
         if config.trunk is None:
             assert width_of(request_fields) == width_of(item_fields) == config.dim
-            self.user, self.item = None, nn.Identity()
+            self.user: Tower | None = None
+            self.item: nn.Module = nn.Identity()
             return
         self.user = Tower(
             fields=request_fields,

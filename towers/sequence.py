@@ -184,7 +184,9 @@ class SelfAttentionEncoder(nn.Module):
 
 
 class TargetAttentionEncoder(nn.Module):
-    """`Σ_j a([e_j; t; e_j - t; e_j ⊙ t]) e_j` over the history of the candidate's request; `a([e_j; t])` if not crossed.
+    """`Σ_j a([e_j; t; e_j - t; e_j ⊙ t]) e_j` over the history of the candidate's request.
+
+    Or, if not `crossed`, `a([e_j; t])`: the last two parts of what follows are not there.
 
     The first layer of `a`, `W_e e + W_t t + W_d (e - t) + W_p (e ⊙ t) + b`, is linear in the event for a given
     candidate, `(W_e + W_d + W_p diag(t)) e + (W_t - W_d) t + b`, and likewise in the candidate for a given event.

@@ -17,7 +17,7 @@ from joint.errors import ConfigError, DataError
 from joint.schema import Stage
 
 TINY = ["users=40", "items=260", "days=5", "requests=400", "history=12", "retrieved=100", "coarse=60", "sampled=6"]
-TINY += ["view_base=-2"]  # views enough to fill histories
+TINY += ["view_base=-2", "competitors=3"]  # views enough to fill histories
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +172,29 @@ def test_histories_are_what_came_before(log, tiny):
     assert max(lengths) > tiny[1].history  # some histories are full
 
 
+def test_competitors_are_the_first_of_ranking_in_the_requests_of_past_views(log, tiny):
+    """Where the whole request was logged; of all views, the last two days' alone can be looked up."""
+    requests, dataset = log
+    assert [history.competitors for history in dataset.schema.histories] == [3, 0, 0, 0]
+    best = {}
+    for row in range(len(requests)):
+        one = requests.take(np.array([row]))
+        order = one.lists("rank_index").values
+        first = one.lists("candidates").values[np.argsort(np.where(order < 0, 999, order), kind="stable")[:3]]
+        if len(order) == tiny[1].retrieved:
+            best[requests.scalars("user_id")[row], requests.scalars("timestamp")[row]] = first.tolist()
+    looked_up = 0
+    for row in range(len(requests)):
+        one = requests.take(np.array([row]))
+        rivals = one.lists("effective.competitors").values.reshape(-1, 3).tolist()
+        times = one.lists("effective.timestamp").values
+        for time, found in zip(times, rivals, strict=True):
+            expected = best.get((requests.scalars("user_id")[row], time))
+            looked_up += expected is not None
+            assert expected in (None, found)
+    assert looked_up > 20
+
+
 def test_login_groups_are_fifths_by_training_days():
     p = parameters_of("fair", "small")
     visits = draw_visits(p, 0)
@@ -226,6 +249,7 @@ def test_the_same_noise_never_comes_twice_and_fair_incumbents_have_no_wrong_tast
         (["drift=nan"], "drift=nan (command line): drift must be a number, found nan"),
         (["days=2"], "days=2 (command line): days must be at least 3 (training, validation, test), found 2"),
         (["dims=30"], "dims=30 (command line): dims must be at most 21, found 30"),
+        (["competitors=41"], "competitors=41 (command line): competitors must be at most ranked, 40; found 41"),
         (["requests=3"], "requests=3 (command line): requests must be from 1 to 86,400 a day, found 3 in 12 days"),
     ],
 )

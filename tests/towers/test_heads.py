@@ -158,6 +158,23 @@ def test_retrieval_is_gate_then_pnn_then_trunk_then_each_tasks_layers() -> None:
     assert user.first.in_features == 9 + 3
 
 
+def test_retrieval_without_towers_is_the_product_of_the_columns() -> None:
+    config = Retrieval(features=(), trunk=None, dim=2, temperature=0.5)
+    head = make(config, tasks=2, request={"state": 2}, item={"item": 2}).head
+    user, item = torch.tensor([[1.0, 2.0], [3.0, -1.0]]), torch.tensor([[4.0, 5.0], [0.0, 1.0], [2.0, 0.0]])
+    out = head.logits(head.user_vectors(user), head.item_vectors(item), torch.tensor([0, 0, 1]))
+    assert out.tolist() == [[28.0, 28.0], [4.0, 4.0], [12.0, 12.0]]
+    assert not list(head.parameters())
+
+
+@pytest.mark.parametrize(
+    "layers", [{"gate": Gate()}, {"interaction": Pnn()}, {"task_hidden": (4,)}, {"item_hidden": (4,)}]
+)
+def test_without_towers_there_are_no_layers(layers: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="trunk null leaves no towers for gate, interaction"):
+        Retrieval(features=(), trunk=None, **layers)
+
+
 @pytest.mark.parametrize("config", PRE_RANKING[:5])
 def test_the_sides_of_pre_ranking_stand_alone(config: PreRanking) -> None:
     head, (request, item) = make(config), inputs()

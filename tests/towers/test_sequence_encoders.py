@@ -20,6 +20,7 @@ KINDS: list[Encoder] = [
     SelfAttention(mode="bidirectional", layers=2, heads=2, positions=3),
     TargetAttention(hidden=(6, 5)),
     TargetAttention(hidden=(6,), softmax=True),
+    TargetAttention(hidden=(6,), softmax=True, crossed=False),
 ]
 DIM = 4
 LENGTHS = torch.tensor([3, 0, 5, 1])
@@ -225,6 +226,22 @@ def test_target_attention_is_an_mlp_on_the_concatenation(normalised: bool, hidde
         scores = linear(last, x)[:, 0]
         weights = softmax(scores) if normalised and len(scores) else scores
         np.testing.assert_allclose(out[n], weights @ e, rtol=1e-8, atol=1e-12)
+
+
+def test_target_attention_of_recflow_sees_event_and_candidate_alone() -> None:
+    """By hand: .5 - relu(e_0 + 2 t_0)."""
+    encoder = build_encoder(TargetAttention(hidden=(1,), softmax=True, crossed=False), dim=2)
+    with torch.no_grad():
+        for parameter, value in zip(
+            encoder.parameters(), ([[1.0, 0.0, 2.0, 0.0]], [0.0], [[-1.0]], [0.5]), strict=True
+        ):
+            parameter.copy_(torch.tensor(value))
+    history, target = torch.tensor([[[1.0, 7.0], [3.0, 9.0], [8.0, 8.0]]]), torch.tensor([[1.0, 4.0], [-1.0, 4.0]])
+    out = encoder(history, torch.tensor([2]), target, torch.tensor([0, 0]))
+    # scores (-2.5, -4.5) for the first candidate, (.5, -.5) for the second
+    first, second = 1 / (1 + np.exp(-2)), 1 / (1 + np.exp(-1))
+    expected = [[3 - 2 * share, 9 - 2 * share] for share in (first, second)]
+    np.testing.assert_allclose(out.detach().numpy(), expected, rtol=1e-6)
 
 
 def ragged(places: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -23,7 +23,9 @@ ABLATIONS = sorted(path.name for path in (CONFIGS / "ablations").glob("*.yaml"))
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A world of a few requests."""
     out = tmp_path_factory.mktemp("worlds") / "biased-0"
-    simulate(out, parameters_of("biased", "small", ["requests=300", "users=60"]), seed=0, world="biased")
+    simulate(
+        out, parameters_of("biased", "small", ["requests=300", "users=60", "competitors=3"]), seed=0, world="biased"
+    )
     return out
 
 

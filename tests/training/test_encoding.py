@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from joint.features import Plan
 from joint.fit import check_against
 from joint.model import JointModel
 from joint.schema import Feature, History, Part, Schema, Stage
+from towers.sequence import Competing
 
 ITEMS, K = 9, 2
 SCHEMA = Schema(
@@ -326,6 +328,24 @@ def test_competitors_stand_beside_their_event_and_the_mean_divides_by_events(wat
     np.testing.assert_allclose(user.numpy(), expected.sum(1) / [[3], [1], [1]], rtol=1e-4, atol=1e-6)
 
 
+def test_reversed_competitors_are_those_of_the_event_at_the_other_end(watch):
+    seen = watch(COMPETING)
+    encoder = seen.model.encoders["seen"]
+    rows = seen.rows | seen.batch.floats
+    by_hand = [3, 2, 1, 0, 4]  # of a request with four events, of one with none, and of one with one
+    others = {key: values for key, values in rows.items() if ".competitors." in key}
+    assert len(others) == 2  # item_id and picture
+    swapped = rows | {key: values.unflatten(0, (5, K))[by_hand].flatten(0, 1) for key, values in others.items()}
+    valid = {"seen": seen.batch.competitors["seen"][by_hand]}
+    with torch.no_grad():
+        plain, _ = encoder.history(rows, seen.batch)
+        expected, _ = encoder.history(swapped, dataclasses.replace(seen.batch, competitors=valid))
+        encoder.config = dataclasses.replace(encoder.config, competing=Competing(hidden=(5,), reverse=True))
+        found, _ = encoder.history(rows, seen.batch)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, plain)
+
+
 def test_the_rows_behind_absent_competitors_never_matter(watch):
     seen = watch(COMPETING, "encoders.attended.competing={hidden: [3]}")
     valid = seen.batch.competitors["seen"]
@@ -367,6 +387,10 @@ def test_a_rank_that_has_run_out_of_requests_still_runs_every_kind_of_feature(pl
         (["cross.times.feature=tags"], "cross.times.feature: no item feature of one id 'tags'"),
         (["cross.price={history: seen, feature: item_id}"], "price is a feature or an encoder already"),
         (["heads.pre_ranking.features=[profile, item_id, times]"], "times is of a user and a candidate together"),
+        (["heads.retrieval={trunk: null, features: [user_id, item_id]}"], None),
+        (["heads.retrieval={trunk: null, features: [user_id, item_id], dim: 5}"], "is 5; without a trunk it is the w"),
+        (["heads.retrieval={trunk: null, features: [seen, item_id]}"], "user and item, which are 10 and 4"),
+        (["heads.retrieval={trunk: null, features: [profile, tags], dim: 3}"], None),
     ],
 )
 def test_what_does_not_fit_the_dataset(plan, tmp_path, overrides, says):

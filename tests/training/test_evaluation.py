@@ -105,6 +105,17 @@ def test_recall_over_the_eligible_catalogue(measured):
     assert any(not r.eligible[item] for r in slow for item in range(ITEMS))
 
 
+def test_dcg_of_retrieval_counts_every_positive_as_the_only_one(measured):
+    config, _, found, slow = measured
+    for k in config.evaluation.k:
+        gain = 0.0
+        for r in slow:
+            best = r.best("retrieval", np.flatnonzero(r.eligible).tolist(), k)
+            gain += sum(1 / math.log2(best.index(item) + 2) for item in r.relevant if item in best)
+        total = sum(len(r.relevant) for r in slow)
+        assert found[f"retrieval/dcg_per_positive@{k}"] == pytest.approx(gain / total)
+
+
 def check_the_funnel(config: Config, found: dict[str, float], slow: list[Request]) -> None:
     left = dict.fromkeys(HEADS, 0)
     order: dict[str, list[float]] = {"retrieval": [], "pre_ranking": []}
