@@ -7,12 +7,13 @@ their index is read by `torch.distributed.checkpoint`, which unpickles it.
 from __future__ import annotations
 
 import shutil
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
@@ -63,10 +64,13 @@ def steps(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if (path / ".metadata").is_file())
 
 
-def load_latest(folder: Path, model: DistributedModelParallel, optimizer: CombinedOptimizer | None = None) -> Progress:
+def load_latest(
+    folder: Path, model: DistributedModelParallel, optimizer: CombinedOptimizer | None = None, *, grown: bool = False
+) -> Progress:
     """Load the newest complete checkpoint in place; the start of a run when there is none.
 
-    Without an optimizer only the model is loaded (evaluation).
+    Without an optimizer only the model is loaded (evaluation). `grown`: what has more rows now than it had then, such
+    as a table whose vocabulary has grown, gets those that were saved, and keeps the others as they are.
 
     Raises:
         CheckpointError: it does not fit this model, or cannot be read.
@@ -77,7 +81,7 @@ def load_latest(folder: Path, model: DistributedModelParallel, optimizer: Combin
     numbers = torch.zeros(4, dtype=torch.long)
     state = _state(model, optimizer) | {"progress": numbers}
     try:
-        dcp.load(state, checkpoint_id=found[-1])
+        dcp.load(state, checkpoint_id=found[-1], planner=_Grown() if grown else None)
     except (dcp.CheckpointException, OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1]
         before = f" to go on from {found[-2].name}" if len(found) > 1 else ""
@@ -87,6 +91,20 @@ def load_latest(folder: Path, model: DistributedModelParallel, optimizer: Combin
         optimizer.load_state_dict(state["optimizer"])
     step, *place = numbers.tolist()
     return Progress(step, Position(*place))
+
+
+class _Grown(dcp.DefaultLoadPlanner):
+    """Takes tensors with more rows than were saved for a part of what was saved."""
+
+    def create_local_plan(self) -> dcp.LoadPlan:
+        """What to read: saved rows that this rank holds; nothing for those that came later."""
+        assert self.metadata is not None
+        saved = self.metadata.state_dict_metadata
+        for name, value in self.state_dict.items():
+            before = saved.get(name)
+            if isinstance(before, TensorStorageMetadata) and before.size and before.size[1:] == value.size()[1:]:
+                saved[name] = replace(before, size=max(before.size, value.size()))
+        return super().create_local_plan()
 
 
 def _remove(path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +24,19 @@ def _at_least(minimum: float, **values: float) -> None:
         raise ValueError(
             "\n".join(f"{name} must be at least {minimum}, found {found}" for name, found in wrong.items())
         )
+
+
+def _check_days(days: tuple[str, str] | None) -> None:
+    """ValueError unless these are two days, the first no later than the last."""
+    for day in days or ():
+        if not re.fullmatch(r"\d{4}-\d\d-\d\d", day):
+            raise ValueError(f"days: {day!r} is no day; expected YYYY-MM-DD")
+        try:
+            date.fromisoformat(day)
+        except ValueError as error:
+            raise ValueError(f"days: {day!r} is no day ({error})") from error
+    if days and days[0] > days[1]:
+        raise ValueError(f"days end on {days[1]}, before they begin on {days[0]}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +58,7 @@ class Data:
 
     path: str
     train: tuple[Literal["train", "valid", "test"], ...] = ("train",)
+    days: tuple[str, str] | None = None  # the first and the last day to train on (YYYY-MM-DD); None: all there are
     requests_per_batch: int = 256  # global: shared out over the ranks
     epochs: int = 1
     shards: int = 8  # virtual shards a day is dealt into: a multiple of every world size to be used
@@ -58,6 +74,7 @@ class Data:
         _at_least(0, shared_random=self.shared_random)
         if self.requests_per_batch % self.shards:
             raise ValueError(f"requests_per_batch {self.requests_per_batch} is not a multiple of shards {self.shards}")
+        _check_days(self.days)
         for stage, quota in self.candidates.items():
             if quota != "all" and quota < 0:
                 raise ValueError(f"candidates: {stage} must be 'all' or at least 0, found {quota}")

@@ -39,6 +39,9 @@ def _misfits(config: Config, schema: Schema) -> Iterator[Mistake]:
             yield f"evaluation.{field_}", f"the dataset has no request in its {part} part"
     if not sum(schema.requests(part) for part in config.data.train):
         yield "data.train", f"the dataset has no request in {' or '.join(config.data.train)}"
+    elif config.data.days and not schema.days(config.data.train, config.data.days):
+        known = schema.days(config.data.train)
+        yield "data.days", f"no request in {' to '.join(config.data.days)}; there are from {known[0]} to {known[-1]}"
     named = [*features, *config.encoders, *config.cross]
     for name in sorted({name for name in named if named.count(name) > 1}):
         section = "encoders" if name in config.encoders else "cross"

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -85,12 +86,17 @@ class RunDirectory:
 
     def check_dataset(self, schema: Schema) -> None:
         """CheckpointError if the run was made from another dataset, or its environment.json cannot be read."""
-        try:
-            found = json.loads(self.environment.read_text())["dataset"]
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{self.environment}: cannot be read ({error})") from error
+        found = self.read_environment()["dataset"]
         if found != schema.hash:
             raise CheckpointError(f"{self.path}: made from a dataset of hash {found}, this one's is {schema.hash}")
+
+    def read_environment(self) -> dict[str, Any]:
+        """What environment.json says; CheckpointError if it cannot be read, or names no dataset."""
+        try:
+            found: dict[str, Any] = json.loads(self.environment.read_text())
+            return found | {"dataset": found["dataset"]}
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise CheckpointError(f"{self.environment}: cannot be read ({error})") from error
 
     def load_config(self, overrides: Sequence[str] = ()) -> tuple[Config, settings.Tree]:
         """The run's own config, under overrides of how it is measured.
@@ -108,11 +114,14 @@ class RunDirectory:
         return load_config(self.config, overrides)
 
 
-def open_run(config: Config, schema: Schema) -> RunDirectory:
+def open_run(config: Config, schema: Schema, *, continues: Path | None = None) -> RunDirectory:
     """The directory of a config's run; nothing is written.
 
+    Args:
+        continues: the run that this one is to go on from, if any.
+
     Raises:
-        CheckpointError: it holds checkpoints of another config, or from another dataset.
+        CheckpointError: it holds checkpoints of another config, from another dataset, or of another start.
     """
     run = RunDirectory(Path(config.run.dir) / config.run.name)
     if run.begun:
@@ -122,16 +131,18 @@ def open_run(config: Config, schema: Schema) -> RunDirectory:
             found = "; ".join(differing[:MOST_SAID]) + ("; …" if len(differing) > MOST_SAID else "")
             raise CheckpointError(f"{run.path}: made by another config; choose another run.name. Differing: {found}")
         run.check_dataset(schema)
+        if continues and not run.read_environment().get("continues"):
+            raise CheckpointError(f"{run.path}: was begun without --continue; choose another run.name")
     return run
 
 
-def make_run(run: RunDirectory, config: Config, schema: Schema) -> None:
+def make_run(run: RunDirectory, config: Config, schema: Schema, *, continues: Path | None = None) -> None:
     """Write the run's config and environment, unless it is being resumed; CheckpointError where that cannot be."""
     if run.begun:
         return
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        write_whole(run.environment, json.dumps(_environment(schema), indent=1))
+        write_whole(run.environment, json.dumps(_environment(config, schema, continues), indent=1))
         write_whole(run.config, settings.dump(config))
     except OSError as error:
         raise CheckpointError(f"{run.path}: cannot be made ({error.strerror})") from error
@@ -152,7 +163,7 @@ def _without_places(config: Config) -> Config:
     return replace(config, run=Run(name="anywhere", seed=config.run.seed), data=replace(config.data, path=""))
 
 
-def _environment(schema: Schema) -> dict[str, object]:
+def _environment(config: Config, schema: Schema, continues: Path | None) -> dict[str, object]:
     packages = (
         "torch",
         "torchrec",
@@ -178,4 +189,6 @@ def _environment(schema: Schema) -> dict[str, object]:
         "threads_per_rank": torch.get_num_threads(),
         "versions": versions,
         "dataset": schema.hash,
+        "days": schema.days(config.data.train, config.data.days),
+        "continues": str(continues) if continues else None,
     }

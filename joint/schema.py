@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntFlag
 from pathlib import Path
@@ -122,6 +123,18 @@ class Schema:
     def requests(self, split: str) -> int:
         """Requests of a split."""
         return sum(part.rows for part in self.parts if part.split == split)
+
+    def days(self, splits: Sequence[str], within: tuple[str, str] | None = None) -> list[str]:
+        """The days of requests of these splits, in time order; `within` a first and a last day, if given."""
+        days = {part.day for part in self.parts if part.split in splits and part.rows}
+        return sorted(day for day in days if within is None or within[0] <= day <= within[1])
+
+    @property
+    def grown_from(self) -> list[str]:
+        """The hashes of the datasets that were appended to on the way to this one: their ids mean the same here."""
+        found = self.provenance.get("grown_from", [])
+        assert isinstance(found, list)
+        return found
 
     def to_json(self) -> str:
         """The text of `dataset.json`."""

@@ -26,7 +26,8 @@ def opening(
 ) -> str:
     """What is about to be trained, on what, from where, and what each head costs."""
     config, schema = plan.config, dataset.schema
-    requests = sum(schema.requests(part) for part in config.data.train)
+    days = schema.days(config.data.train, config.data.days)
+    requests = sum(part.rows for part in schema.parts if part.split in config.data.train and part.day in days)
     rows = sum(table.rows for table in plan.tables)
     table_bytes = sum(table.rows * table.dim * 4 for table in plan.tables)
     trained = {objective.head for objective in config.objectives.values()}

@@ -17,7 +17,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parsed = parser.parse_args(arguments)
+    parser.add_argument(
+        "--continue", dest="continues", type=Path, metavar="RUN", help="begin where another run ended, on later days"
+    )
+    parsed = parser.parse_intermixed_args(arguments)
     check_versions()
     # Imported only now: with a wrong combination of versions these imports fail, and less clearly.
     from joint.config import load_config
@@ -28,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config, tree = load_config(parsed.config, parsed.overrides)
     dataset = Dataset(config.data.path)
     check_against(config, tree, dataset.schema)
-    train(config, dataset)
+    train(config, dataset, continues=parsed.continues)
     return 0
 
 

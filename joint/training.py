@@ -7,6 +7,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch import nn
 from joint import checkpoint
 from joint.batch import Batch
 from joint.checkpoint import Progress
+from joint.continuing import open_before
 from joint.cost import cost_numbers, head_costs
 from joint.data.assemble import Assembler
 from joint.data.dataset import Dataset
@@ -37,19 +39,25 @@ from joint.task import build_task
 from towers.mixtures import routing, set_step
 
 
-def train(config: Config, dataset: Dataset) -> None:
-    """Train a config to its end, from its newest checkpoint if it has one, then measure it on the test part."""
+def train(config: Config, dataset: Dataset, *, continues: Path | None = None) -> None:
+    """Train a config to its end, from its newest checkpoint if it has one, then measure it on the test part.
+
+    A run without a checkpoint of its own starts from that of the run `continues`, if one is given.
+    """
     with process_group() as device, stop_flag() as stopped:
-        run = open_run(config, dataset.schema)
+        run = open_run(config, dataset.schema, continues=continues)
+        before = open_before(continues, config, dataset.schema) if continues and not run.begun else None
         plan = Plan(config, dataset.schema)
         assembler = Assembler(plan, dataset)
         model = build_task(plan, device)
         optimizer = build_optimizer(model, config.optimizer)
         progress = checkpoint.load_latest(run.checkpoints, model, optimizer)
+        if before:
+            progress = before.load(model, optimizer)
         loader = Loader(assembler, rank=rank(), world_size=world_size())
-        total = loader.total_batches()
+        total = progress.step + loader.batches_left(progress.position)
         if rank() == 0:  # only now that everything could be built
-            make_run(run, config, dataset.schema)
+            make_run(run, config, dataset.schema, continues=continues)
         reporter = Reporter(run, total_steps=total, resumed_from=progress.step)
         costs = head_costs(model.module.dense.model)
         if config.train.fast_lookup and (trouble := use_fast_lookup(model)):

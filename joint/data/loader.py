@@ -37,7 +37,8 @@ class Loader:
         if data.shards % world_size:
             raise ConfigError(f"data.shards: {data.shards} is not a multiple of the number of ranks, {world_size}")
         self.assembler = assembler
-        self.days = assembler.dataset.parts(data.train)
+        wanted = assembler.dataset.schema.days(data.train, data.days)
+        self.days = {day: parts for day, parts in assembler.dataset.parts(data.train).items() if day in wanted}
         self.data = data
         self.seed = assembler.plan.config.run.seed
         self.shards = range(rank, data.shards, world_size)
@@ -46,9 +47,11 @@ class Loader:
         over_corpus = "corpus" in assembler.plan.pool_spaces
         self.corpus = PoolItems.corpus(assembler.eligibility.slice(rank, world_size)) if over_corpus else NO_POOL
 
-    def total_batches(self) -> int:
-        """Steps of the whole run; the deal, and with it the number, differs a little from epoch to epoch."""
-        return sum(self._order(epoch, day).batches for epoch in range(self.data.epochs) for day in self.days)
+    def batches_left(self, start: Position) -> int:
+        """Steps from `start` to the end; the deal, and with it a day's number, differs a little by epoch."""
+        days = [(epoch, place) for epoch in range(self.data.epochs) for place in range(len(self.days))]
+        left = [(epoch, place) for epoch, place in days if (epoch, place) >= (start.epoch, start.day)]
+        return sum(self._order(epoch, [*self.days][place]).batches for epoch, place in left) - start.batch
 
     def from_position(self, start: Position, *, pinned: bool = False) -> Iterator[Batch]:
         """Batches from `start` to the end of the last epoch, prepared two ahead in a thread.

@@ -114,6 +114,7 @@ def prepare_log(
         before = old.schema.provenance["files"] if old else []
         assert isinstance(before, list)
         provenance = schema.provenance | {"files": [*before, *map(str, files)], "skipped": dict(problems.counts)}
+        provenance["grown_from"] = [*old.schema.grown_from, old.schema.hash] if old else []
         return writer.finish(dataclasses.replace(schema, provenance=provenance))
 
 
