@@ -101,7 +101,7 @@ def test_what_may_not_go_on(world: Path, runs: Path, tmp_path: Path) -> None:
     refused(world, runs, days[:2], f"has trained up to {days[0]}; data.days must begin later, found {days[0]}")
     simulate(tmp_path / "w", parameters_of("biased", "small", ["requests=400", "users=60"]), seed=1, world="biased")
     refused(tmp_path / "w", runs, [days[1]], "was not appended to that")
-    with pytest.raises(CheckpointError, match="was begun without --continue; choose another run.name"):
+    with pytest.raises(CheckpointError, match="was begun without --continue"):
         train(world, runs, "whole", days[:3], "--continue", str(runs / "day-0"))
     with pytest.raises(CheckpointError, match="not a run directory"):
         train(world, runs, "new", [days[1]], "--continue", str(tmp_path / "nowhere"))
@@ -117,7 +117,7 @@ def test_days_that_are_none(world: Path) -> None:
         with pytest.raises(ConfigError, match=message):
             load_config(JOINT, [f"data.days={wrong}"])
     config, tree = load_config(JOINT, [f"data.path={world}", "data.days=[1999-01-01, 1999-01-02]"])
-    with pytest.raises(ConfigError, match="data.days: no request in 1999-01-01 to 1999-01-02; there are from 20"):
+    with pytest.raises(ConfigError, match="no request in 1999-01-01 to 1999-01-02; there are from 20"):
         check_against(config, tree, Dataset(world).schema)
 
 
