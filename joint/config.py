@@ -20,15 +20,18 @@ from joint.objectives import (
     Distillation,
     ExpectedL0,
     Imitation,
+    ItemViews,
     MultiClass,
     Objective,
     Pairwise,
+    ResidualLoss,
     spaces_of,
 )
 from joint.schema import POOL_TOKENS, SPACE_TOKENS, STAGES
 from towers.mixtures import Snr
 from towers.pre_ranking import PreRanking
 from towers.ranking import Ranking
+from towers.residual import Residual
 from towers.retrieval import Retrieval
 from towers.sequence import SelfAttention
 
@@ -88,9 +91,12 @@ def mistakes(config: Config) -> Iterator[Mistake]:
                 yield section, f"{name!r} cannot be a name; choose a word of letters, digits, _ and -"
     yield from _sharing_mistakes(config)
     yield from _layers_mistakes(config)
-    spaces = {tuple(o.space) == ("corpus",) for o in config.objectives.values() if isinstance(o, MultiClass)}
-    if len(spaces) > 1:
-        yield "objectives", "some multi_class is over the corpus and some over a sample; expected one pool in a run"
+    yield from _residual_mistakes(config)
+    pooled = [o for o in config.objectives.values() if isinstance(o, MultiClass | ItemViews)]
+    if len({tuple(o.space) == ("corpus",) for o in pooled}) > 1:
+        yield "objectives", "some are over the corpus and some over a sample of it; expected one pool in a run"
+    if sum(isinstance(o, ItemViews) for o in pooled) > 1:
+        yield "objectives", "names item_views twice; expected one"
     for name, head in heads.items():
         yield from unknown_names(f"heads.{name}.fusion", list(head.fusion), list(config.tasks), "task")
         if not isinstance(head, Retrieval):
@@ -101,6 +107,19 @@ def mistakes(config: Config) -> Iterator[Mistake]:
             yield f"heads.{name}.features", f"names {', '.join(twice)} twice"
     for name, objective in config.objectives.items():
         yield from _objective_mistakes(config, f"objectives.{name}", objective)
+
+
+def _residual(config: Config) -> Residual | None:
+    return config.heads.ranking.residual if config.heads.ranking else None
+
+
+def _residual_mistakes(config: Config) -> Iterator[Mistake]:
+    ranking, residual = config.heads.ranking, _residual(config)
+    if ranking is not None and residual is not None:
+        path = "heads.ranking.residual"
+        yield from unknown_names(f"{path}.features", residual.features, ranking.features, "feature of this head")
+        if not any(isinstance(objective, ResidualLoss) for objective in config.objectives.values()):
+            yield path, "no objective trains it; expected one of loss residual"
 
 
 def _prior_mistakes(name: str, head: Retrieval | PreRanking | Ranking) -> Iterator[Mistake]:
@@ -142,12 +161,24 @@ def _penalty_mistakes(config: Config, path: str, objective: ExpectedL0) -> Itera
         yield path, f"expected_l0 is of a trunk of kind snr; that of {objective.head} {found}"
 
 
+def _views_mistakes(config: Config, path: str, objective: ItemViews) -> Iterator[Mistake]:
+    if objective.head != "retrieval" or config.heads.retrieval is None:
+        yield f"{path}.head", "views are of the retrieval head's item tower; expected that head"
+    if objective.space not in (("corpus",), ("random",)):
+        yield f"{path}.space", f"draws items uniformly; expected [corpus] or [random], found {[*objective.space]}"
+    if objective.space == ("random",) and not config.data.shared_random:
+        yield f"{path}.space", "random holds nothing: data.shared_random is 0"
+
+
 POOLS = ({"corpus"}, {"in_batch"}, {"random"}, {"in_batch", "random"})
 
 
 def _objective_mistakes(config: Config, path: str, objective: Objective) -> Iterator[Mistake]:
     if isinstance(objective, ExpectedL0):
         yield from _penalty_mistakes(config, path, objective)
+        return
+    if isinstance(objective, ItemViews):
+        yield from _views_mistakes(config, path, objective)
         return
     yield from unknown_names(f"{path}.tasks", objective.tasks, list(config.tasks), "task")
     if len(set(objective.tasks)) < len(objective.tasks):
@@ -173,6 +204,8 @@ def _objective_mistakes(config: Config, path: str, objective: Objective) -> Iter
             f"{path}.space",
             f"{objective.loss} compares candidates of a request; {pooled[0]} is not among them",
         )
+    if isinstance(objective, ResidualLoss) and (objective.head != "ranking" or not _residual(config)):
+        yield f"{path}.head", "trains the residual of the ranking head; heads.ranking.residual is not there"
     if isinstance(objective, Imitation) and tokens & {"positive", "exposed_neg"}:
         yield f"{path}.space", f"{objective.loss} orders the same candidates for all tasks; name exposed instead"
     if (

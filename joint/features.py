@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Literal
 
 from joint.experiment import Config, Cross, Encoder, Table, heads_of
-from joint.objectives import MultiClass
+from joint.objectives import ItemViews, MultiClass
 from joint.schema import Feature, Schema
 from towers.embeddings import TableShape, width_name
 from towers.sequence import TargetAttention
@@ -106,9 +106,14 @@ class Plan:
 
     @cached_property
     def pool_spaces(self) -> frozenset[str]:
-        """The spaces that softmaxes of training are over: `corpus`, or some of `in_batch` and `random`."""
+        """The spaces that softmaxes and item views of training are of: `corpus`, or some of `in_batch` and `random`."""
         objectives = self.config.objectives.values()
-        return frozenset(token for o in objectives if isinstance(o, MultiClass) for token in o.space)
+        return frozenset(token for o in objectives if isinstance(o, MultiClass | ItemViews) for token in o.space)
+
+    @cached_property
+    def item_views(self) -> ItemViews | None:
+        """The objective on two views of items, if there is one."""
+        return next((o for o in self.config.objectives.values() if isinstance(o, ItemViews)), None)
 
     @cached_property
     def crosses(self) -> dict[str, Cross]:

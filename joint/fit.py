@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from joint import settings
 from joint.config import Mistake, unknown_names
 from joint.experiment import Config, Encoder, heads_of
+from joint.objectives import ItemViews
 from joint.schema import STAGES, Feature, Schema
 from towers.retrieval import Retrieval
 from towers.sequence import SelfAttention, TargetAttention
@@ -72,6 +73,10 @@ def _misfits(config: Config, schema: Schema) -> Iterator[Mistake]:
         known = [*(f.name for f in schema.features if f.level != "event"), *config.encoders, *config.cross]
         yield from unknown_names(f"heads.{name}.features", head.features, known, "feature, encoder or cross feature")
         used |= {f: features[f] for f in head.features if f in features}
+        items = [f for f in head.features if f in features and features[f].level == "item"]
+        for o_name, o in config.objectives.items():
+            if isinstance(o, ItemViews) and name == "retrieval" and len(items) < 2:
+                yield f"objectives.{o_name}", "deals the item's features to two views; heads.retrieval.features has one"
         yield from _sides(f"heads.{name}.features", config, head.features, features)
         if isinstance(head, Retrieval) and head.trunk is None:
             yield from _bare_vectors(f"heads.{name}.dim", config, head, features)

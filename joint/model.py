@@ -9,13 +9,14 @@ from joint.batch import Batch
 from joint.encoding import HistoryEncoder, Rows
 from joint.experiment import heads_of
 from joint.features import HeadSide, Plan
-from joint.outputs import HeadOutput, Outputs
-from joint.pool import StreamingFrequency, corpus_pool, sampled_pool
+from joint.outputs import HeadOutput, Outputs, Views
+from joint.pool import StreamingFrequency, corpus_pool, item_views, sampled_pool, uniform_items
 from towers.embeddings import segment_mean
 from towers.mixtures import expected_l0, routing
 from towers.pre_ranking import PreRanking, build_pre_ranking
 from towers.ranking import Ranking, RankingHead
 from towers.retrieval import Retrieval, RetrievalHead
+from towers.views import FieldViews
 
 
 class JointModel(nn.Module):
@@ -29,6 +30,8 @@ class JointModel(nn.Module):
         self.heads = nn.ModuleDict({name: self._build(name, head) for name, head in heads_of(config).items()})
         self.reads_only = frozenset(config.sharing.stop_gradient)
         self.gated = frozenset(name for name, head in self.heads.items() if routing(head))
+        fields = self.plan.fields("retrieval", "candidate") if plan.item_views else {}
+        self.views = FieldViews(fields, seed=config.run.seed) if plan.item_views else None
         self.frequency = StreamingFrequency(plan.schema.items) if plan.pool_spaces - {"corpus"} else None
 
     def _build(self, name: str, head: Retrieval | PreRanking | Ranking) -> nn.Module:
@@ -67,16 +70,25 @@ class JointModel(nn.Module):
             case RetrievalHead():
                 user = head.user_vectors(request).float()  # what is multiplied outside of the towers is float32
                 output = self._scattered(head.logits(user, head.item_vectors(item).float(), row), chosen, batch)
-                vectors = head.item_vectors(torch.cat(self._plain(name, "pool", own), dim=1)).float()
+                items = torch.cat(self._plain(name, "pool", own), dim=1)
+                vectors = head.item_vectors(items).float()
                 output.user = user
+                if self.views is not None and self.training:
+                    output.views = self._views(self.views, head, items, batch)
                 if batch.pool_sampled:
                     assert self.frequency is not None
                     output.pool = sampled_pool(vectors, batch, self.frequency, self.plan.config.data.shared_random)
                 else:
                     output.pool = corpus_pool(vectors, batch)
             case RankingHead():
-                attended = self._attended(name, own, rows, batch, chosen)
-                output = self._scattered(head(request, torch.cat([item, *attended], dim=1), row), chosen, batch)
+                item = torch.cat([item, *self._attended(name, own, rows, batch, chosen)], dim=1)
+                output = self._scattered(head(request, item, row), chosen, batch)
+                if head.residual is not None:
+                    corrected = head.residual(output.logits[chosen], request, item, row, batch.group)
+                    output.corrected = _scatter(corrected, chosen, len(batch.item))
+                    output.special = torch.isin(batch.group[batch.row], head.residual.groups)
+                    if not self.training:
+                        output.logits = output.corrected
             case _:
                 logits, gated = head(request, item, row)
                 output = self._scattered(logits, chosen, batch)
@@ -84,6 +96,16 @@ class JointModel(nn.Module):
         if self.training and name in self.gated:
             output.expected_l0 = expected_l0(head)
         return output
+
+    def _views(self, views: FieldViews, head: RetrievalHead, items: Tensor, batch: Batch) -> Views:
+        """Two views of some of the pool's items, each with half of the item side's fields."""
+        objective, config = self.plan.item_views, self.plan.config
+        assert objective is not None
+        assert views.step is not None
+        seed, step, catalogue = config.run.seed, views.step, self.plan.schema.items
+        chosen = uniform_items(batch, objective.share, catalogue, seed=seed, step=step)
+        first, second = views(items[chosen])
+        return item_views(head.item_vectors(torch.stack([first, second])), chosen, batch)
 
     def _plain(self, head: str, side: HeadSide, rows: Rows) -> list[Tensor]:
         return [rows[key.name] for key in self.plan.head_keys(head, side)]

@@ -15,8 +15,9 @@ from torch import Tensor
 
 import losses
 from joint.batch import Batch
-from joint.outputs import HeadOutput, Outputs, Pool
+from joint.outputs import HeadOutput, Outputs, Views
 from joint.schema import EXPOSED_TOKENS, STAGES, Stage
+from joint.softmax import softmax_over_pool
 from losses import LossTerm
 from losses.term import check_positive
 
@@ -59,6 +60,13 @@ class Binary(_Common):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_not_negative(positive_weight=self.positive_weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualLoss(_Common):
+    """Binary cross-entropy of the corrected logits of special users, which trains the head's `residual` alone."""
+
+    loss: Literal["residual"] = "residual"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,13 +162,45 @@ class ExpectedL0:
         _check_not_negative(weight=self.weight)
 
 
-Objective = Binary | Distillation | MultiClass | AdaptiveContrastive | Pairwise | Imitation | ExpectedL0
+@dataclass(frozen=True, kw_only=True)
+class ItemViews:
+    """Two views of an item, each with half of its features, should be alike: for rare items (Yao et al., CIKM'21).
+
+    The items are drawn uniformly, so that rare ones count as much as popular ones: a `share` of the corpus, or of the
+    `random` items of a batch; the cost grows with its square. The features are dealt anew for each step, for all items
+    alike. The softmax is over the items of all ranks.
+    """
+
+    loss: Literal["item_views"] = "item_views"
+    head: Head = "retrieval"
+    space: tuple[str, ...]
+    share: float = 1.0
+    temperature: float = 0.1
+    shuffle: bool = False  # a placebo: the view that should be alike is another item's
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_not_negative(weight=self.weight)
+        check_positive(temperature=self.temperature, share=self.share)
+
+
+Objective = (
+    Binary
+    | ResidualLoss
+    | Distillation
+    | MultiClass
+    | AdaptiveContrastive
+    | Pairwise
+    | Imitation
+    | ExpectedL0
+    | ItemViews
+)
 
 
 def spaces_of(objective: Objective) -> dict[str, tuple[str, ...]]:
     """Head -> the spaces whose candidates the objective needs that head to score."""
-    if isinstance(objective, MultiClass | ExpectedL0):
-        return {}  # impressions are scored as pool items; gates score nothing
+    if isinstance(objective, MultiClass | ExpectedL0 | ItemViews):
+        return {}  # these are of pool items, or of gates
     spaces = objective.space
     if isinstance(objective, AdaptiveContrastive | Pairwise):
         spaces += objective.winners
@@ -213,6 +253,9 @@ def compute(objective: Objective, outputs: Outputs, batch: Batch, task_names: Se
     if isinstance(objective, ExpectedL0):
         assert head.expected_l0 is not None
         return LossTerm(head.expected_l0.reshape(1), batch.labels.new_ones(1))
+    if isinstance(objective, ItemViews):
+        assert head.views is not None
+        return _item_views(objective, head.views)
     tasks = _task_indices(objective, batch, task_names)
     match objective:
         case MultiClass():
@@ -221,6 +264,12 @@ def compute(objective: Objective, outputs: Outputs, batch: Batch, task_names: Se
             mask = space_mask(objective.space, batch, tasks) & head.computed[:, None]
             weight = objective.positive_weight * batch.weight[:, tasks]
             return losses.binary(head.logits[:, tasks], batch.labels[:, tasks], positive_weight=weight, mask=mask)
+        case ResidualLoss():
+            assert head.corrected is not None
+            assert head.special is not None
+            mask = space_mask(objective.space, batch, tasks) & (head.computed & head.special)[:, None]
+            y, w = batch.labels[:, tasks], batch.weight[:, tasks]
+            return losses.binary(head.corrected[:, tasks], y, positive_weight=w, mask=mask)
         case Distillation():
             teacher = outputs[objective.teacher]
             mask = space_mask(objective.space, batch, tasks) & (head.computed & teacher.computed)[:, None]
@@ -310,61 +359,17 @@ def _multi_class(objective: MultiClass, head: HeadOutput, batch: Batch, tasks: T
     for task in tasks.tolist():
         seen = stage_mask(("exposed",), batch.stages) & batch.observed[:, task] & (pool.target >= 0)
         candidate = seen.nonzero().flatten()
-        row, target = batch.row[candidate], pool.target[candidate]
         weight = batch.weight[candidate, task].where(batch.positive[candidate, task], shown[task])
-        user = head.user[:, task]
-        if objective.hard or objective.space == ("random",):
-            negatives = _hardest(user, pool, *objective.hard) if objective.hard else _drawn(user, pool)
-            terms.append(_against(user, pool, row, target, *negatives, weight))
-            continue
-        terms.append(
-            losses.multi_class_vectors(
-                user,
-                pool.vectors,
-                row,
-                target,
-                sample_weight=weight,
-                log_q=_column_rates(objective, pool),
-                excluded=pool.excluded,
-            )
-        )
+        row, target = batch.row[candidate], pool.target[candidate]
+        over = objective.space, objective.log_q, objective.hard
+        terms.append(softmax_over_pool(head.user[:, task], pool, row, target, weight, *over))
     return LossTerm(torch.stack([t.total for t in terms]), torch.stack([t.count for t in terms]))
 
 
-def _column_rates(objective: MultiClass, pool: Pool) -> Tensor:
-    """The log_q of the pool's columns for an objective: +inf outside of its space, 0 inside if it takes none off."""
-    log_q = pool.log_q["mixed" if len(objective.space) > 1 else objective.space[0]]
-    return log_q if objective.log_q else torch.where(log_q < torch.inf, 0.0, torch.inf)
-
-
-def _hardest(user: Tensor, pool: Pool, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """The columns that each request's own ranking of the corpus has at the ranks `first` .. `last` - 1, `[R, K]`.
-
-    Their logits, and which columns they are; -1 where a request has no such column.
-    """
-    with torch.no_grad():
-        scores = user @ pool.vectors.T - pool.log_q["corpus"]
-        scores[pool.excluded[:, 0], pool.excluded[:, 1]] = -torch.inf
-        best = scores.topk(min(last, scores.shape[1]), dim=1)
-        column = best.indices[:, first:].where(best.values[:, first:] > -torch.inf, -1)
-    return (user.unsqueeze(1) @ pool.vectors[column].mT).squeeze(1), column
-
-
-def _drawn(user: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
-    """The random columns, the same for every request: logits and columns `[R, K]`, -1 where it is not eligible."""
-    drawn = (pool.log_q["random"] < torch.inf).nonzero().flatten()
-    eligible = torch.ones(len(user), len(pool.vectors), dtype=torch.bool, device=user.device)
-    eligible[pool.excluded[:, 0], pool.excluded[:, 1]] = False
-    return user @ pool.vectors[drawn].T, drawn.expand(len(user), -1).where(eligible[:, drawn], -1)
-
-
-def _against(
-    user: Tensor, pool: Pool, row: Tensor, target: Tensor, logits: Tensor, columns: Tensor, weight: Tensor
-) -> LossTerm:
-    """Each impression's own column against its request's `columns [R, K]`, of `logits [R, K]`."""
-    own = (user[row] * pool.vectors[target]).sum(1, keepdim=True)
-    others = columns[row]
-    real = (others >= 0) & (others != target.unsqueeze(1))
-    mask = torch.cat([real.new_ones(len(row), 1), real], dim=1)
-    logits = torch.cat([own, logits[row]], dim=1)
-    return losses.multi_class(logits, torch.zeros_like(target), sample_weight=weight, mask=mask)
+def _item_views(objective: ItemViews, views: Views) -> LossTerm:
+    """Each item's first view against all items' second ones; one that is there twice is no negative of itself."""
+    target = views.target
+    if objective.shuffle:  # a permutation of this rank's targets, so none is another's twice
+        target = target[torch.randperm(len(target), device=target.device)]
+    term = losses.info_nce(views.first, views.second, target, item_ids=views.item, temperature=objective.temperature)
+    return LossTerm(term.total.reshape(1), term.count.reshape(1))

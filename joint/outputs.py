@@ -22,6 +22,16 @@ class Pool:
 
 
 @dataclass
+class Views:
+    """Two views of items, as vectors: the first of this rank's items, the second of all ranks'."""
+
+    first: Tensor  # [M, D]
+    second: Tensor  # [P, D]
+    target: Tensor  # [M] the place of each first view's item among the second ones
+    item: Tensor  # [P] item index
+
+
+@dataclass
 class HeadOutput:
     """One head's scores and the representations that losses need."""
 
@@ -30,6 +40,9 @@ class HeadOutput:
     features: Tensor | None = None  # [N, F] what adaptive negative weights compare: the (gated) item side
     user: Tensor | None = None  # retrieval: [R, T, D], the temperature folded in
     pool: Pool | None = None  # retrieval: what its softmax is over
+    views: Views | None = None  # retrieval: in training, where an objective is about them
+    corrected: Tensor | None = None  # ranking with a residual: [N, T], what is served; a gradient of the residual alone
+    special: Tensor | None = None  # ranking with a residual: [N] bool, whose logits it corrects
     expected_l0: Tensor | None = None  # []: the expected number of open gates, of a head with SNR trunks
 
 

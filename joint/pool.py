@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
+
 import torch
 from torch import Tensor, nn
 
 from joint.batch import Batch
-from joint.distributed import gather_rows, gather_uneven
-from joint.outputs import Pool
+from joint.distributed import gather_rows, gather_uneven, rank
+from joint.outputs import Pool, Views
 
 RATE = 0.05  # how fast the estimate of an item's frequency follows
 
@@ -45,6 +47,24 @@ def sampled_pool(vectors: Tensor, batch: Batch, frequency: StreamingFrequency, d
         excluded[excluded[:, 1] >= 0],
         log_q,
     )
+
+
+def item_views(vectors: Tensor, chosen: Tensor, batch: Batch) -> Views:
+    """The views `vectors [2, M, D]` of the `chosen` pool items of this rank, beside the second ones of all ranks."""
+    before = gather_uneven(torch.tensor([len(chosen)], device=chosen.device))[: rank()].sum()
+    target = torch.arange(len(chosen), device=chosen.device) + before
+    first, second = vectors
+    return Views(first, gather_uneven(second), target, gather_uneven(batch.pool_item[chosen]))
+
+
+def uniform_items(batch: Batch, share: float, catalogue: int, *, seed: int, step: int) -> Tensor:
+    """The places of this rank's pool items, of the day and no impressions, of which `share` is drawn: int64 [M].
+
+    By (seed, step) and item, so the draw is the same for any number of ranks.
+    """
+    key = zlib.crc32(f"{seed}/items/{step}".encode())
+    drawn = torch.rand(catalogue, generator=torch.Generator().manual_seed(key)).to(batch.pool_item.device) < share
+    return (batch.pool_open & ~batch.pool_in_batch & drawn[batch.pool_item.clamp(min=0)]).nonzero().flatten()
 
 
 def _place(items: Tensor, wanted: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from losses.listwise import list_mle, list_net
 from losses.multi_class import multi_class, multi_class_vectors
 from losses.pairwise import pairwise, soft_pairwise
 from losses.term import LossTerm
+from losses.views import info_nce
 
 __all__ = [
     "LossTerm",
@@ -18,6 +19,7 @@ __all__ = [
     "adaptive_contrastive",
     "binary",
     "distillation",
+    "info_nce",
     "list_mle",
     "list_net",
     "multi_class",

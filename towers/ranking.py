@@ -13,6 +13,7 @@ from towers.gate import Gate, GateUnit, TaskGates, check_prior
 from towers.interactions import DcnV2, Interaction, build_interaction
 from towers.mixtures import SharedBottom, Trunk, build_trunk
 from towers.mlp import FactoredLinear, TaskTower
+from towers.residual import Residual, ResidualNet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,8 @@ class Ranking:
     `gate` weighs the whole input, `interaction` is between all its fields, `task_gate` weighs the outputs of
     `task_hidden` (PPNet, LHUC). `fusion` weighs the tasks in the served score (none named: all 1), of the logit or of
     what `fusion_of` names: the sigmoid, or the odds (`exp`), which for a weighted task are its expected value.
+    `residual` corrects the logits of special users where the head is measured and served; who learns from the head
+    (`distillation`, …) learns from it as it is for all.
     """
 
     features: tuple[str, ...]
@@ -32,6 +35,7 @@ class Ranking:
     task_gate: Gate | None = None
     fusion: dict[str, float] = field(default_factory=dict)
     fusion_of: dict[str, FusionOf] = field(default_factory=dict)
+    residual: Residual | None = None
 
     def __post_init__(self) -> None:
         check_widths(least=0, task_hidden=self.task_hidden)
@@ -62,6 +66,7 @@ class RankingHead(nn.Module):
         width = crossing.out_dim if crossing else width_of(fields)
         self.first = FactoredLinear(self.request_dim, width - self.request_dim, self.trunk.width)
         self.last = TaskTower(tasks, self.trunk.out_dim, config.task_hidden, out_dim=1)
+        self.residual = ResidualNet(config.residual, fields=fields, tasks=tasks) if config.residual else None
         self.task_gates: TaskGates | None = None
         if config.task_gate:
             sides = {"request_fields": request_fields, "candidate_fields": candidate_fields}

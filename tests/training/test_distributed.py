@@ -29,6 +29,7 @@ EQUAL = [
     "heads.retrieval.trunk.dropout=0",
     "encoders.rated_sequence.by.dropout=0",
     "run.seed=5",
+    "objectives.views={loss: item_views, space: [corpus], share: 0.5, temperature: 0.5}",
     # Open for every item, a ReLU leaves its bias no gradient but rounding, along which Adam takes full steps.
     "heads.retrieval.item_hidden=[]",
     # A first update of row-wise Adagrad is its rate, however small the gradient: it blows rounding up to 1e-4 at 0.1.
