@@ -72,6 +72,11 @@ def mistakes(config: Config) -> Iterator[Mistake]:
         yield "evaluation.quotas", f"expected in the funnel's order, from retrieval on; found {', '.join(quotas)}"
     if list(quotas.values()) != sorted(quotas.values(), reverse=True):
         yield "evaluation.quotas", "a head cannot keep more than the one before it left"
+    reserved, kept = sum(pool.quota for pool in config.evaluation.pools.values()), quotas.get("retrieval", 0)
+    if reserved > kept:
+        yield "evaluation.pools", f"reserves {reserved} places; evaluation.quotas gives retrieval {kept}"
+    if config.evaluation.pools and config.heads.retrieval is None:
+        yield "evaluation.pools", "are of the retrieval head, which is not there"
     stages = [*STAGES]
     yield from unknown_names("data.candidates", list(config.data.candidates), stages, "stage")
     yield from unknown_names("evaluation.task", [config.evaluation.task], list(config.tasks), "task")

@@ -31,6 +31,7 @@ from joint.fusion import fuse, fusion_weights
 from joint.logged_metrics import State, logged_metrics
 from joint.metrics import PerRequest
 from joint.outputs import HeadOutput, Outputs
+from joint.pools import members, recall_by_pool, with_reserved
 from joint.ranks import pool_ranks, ranks, request_sums
 from joint.reference import baseline_metrics
 from towers.retrieval import RetrievalHead
@@ -166,11 +167,25 @@ class Evaluator:
         for k in self.config.evaluation.k:
             found[f"retrieval/recall@{k}"] = metrics.recall_by_request(place, of, len(requests), k)
             found[f"retrieval/dcg_per_positive@{k}"] = metrics.dcg_by_request(place, of, len(requests), k)
+        pools = self._pools(requests)
+        found |= dict(recall_by_pool(scores, pools, of, column, self.config.evaluation.k))
         quotas = self.config.evaluation.quotas
         if "retrieval" in quotas:
-            kept = scores.topk(min(quotas["retrieval"], corpus.shape[0]), dim=1).indices.cpu().numpy()
+            reserved = {name: pool.quota for name, pool in self.config.evaluation.pools.items()}
+            kept = (
+                with_reserved(scores, pools, reserved)
+                .topk(min(quotas["retrieval"], corpus.shape[0]), dim=1)
+                .indices.cpu()
+                .numpy()
+            )
             found |= self._funnel(requests, candidates, kept, free)
         return found
+
+    def _pools(self, requests: Requests) -> dict[str, Tensor]:
+        """Which items of the corpus are in each of the pools that are measured, name -> bool `[R, C]`."""
+        pools, day = self.config.evaluation.pools, requests.scalars("day")
+        found = members(pools, self.assembler.dataset, self.eligibility.corpus, day)
+        return {name: inside.to(self.device) for name, inside in found.items()}
 
     def _funnel(
         self, requests: Requests, candidates: Candidates, kept: np.ndarray, free: np.ndarray

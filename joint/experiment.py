@@ -230,6 +230,18 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ItemPool:
+    """A part of what is recommended from, for which the two-tower model has an index of its own (a channel)."""
+
+    pool: str = ""  # of the dataset; '' is its catalogue
+    joined_within: int | None = None  # days: only items that joined it no longer ago; 0 on the day of the request
+    quota: int = 0  # places of quotas.retrieval that its best items have for themselves
+
+    def __post_init__(self) -> None:
+        _at_least(0, quota=self.quota, **({} if self.joined_within is None else {"joined_within": self.joined_within}))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What is measured, on which part, and the quotas of the funnel."""
 
@@ -238,6 +250,7 @@ class Evaluation:
     task: str  # whose positives are what a head should find
     k: tuple[int, ...] = (20, 100)
     quotas: dict[str, int] = field(default_factory=dict)  # head -> candidates it keeps, in the funnel's order
+    pools: dict[str, ItemPool] = field(default_factory=dict)  # channels of retrieval, in the order of their choice
     whole_catalogue: tuple[Head, ...] = ()  # heads besides retrieval that also score every item for every request
     candidates_per_batch: int = 65_536  # rows scored at once where heads score the whole catalogue
     reference: str = ""  # a finished run on the same dataset, whose ranking head all heads are held against

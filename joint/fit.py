@@ -32,6 +32,8 @@ def _misfits(config: Config, schema: Schema) -> Iterator[Mistake]:
     ]
     yield from unknown_names("data.candidates", list(config.data.candidates), stages, "logged stage")
     yield from unknown_names("data.pool", [config.data.pool], ["", *schema.pools], "pool")
+    for name, pool in config.evaluation.pools.items():
+        yield from unknown_names(f"evaluation.pools.{name}.pool", [pool.pool], ["", *schema.pools], "pool")
     yield from unknown_names("data.not_eligible", config.data.not_eligible, histories, "history")
     for name, task in config.tasks.items():
         yield from unknown_names(f"tasks.{name}.label", [task.label], schema.labels, "label")
