@@ -22,11 +22,12 @@ from joint.data.assemble import Assembler, logged, positives
 from joint.data.order import Position
 from joint.data.planted.truth import LIST, open_truth
 from joint.data.pool import NO_POOL, PoolItems
-from joint.data.ragged import Ragged
+from joint.data.ragged import Ragged, draw
 from joint.data.requests import Requests
 from joint.data.sampling import Candidates, unlabelled
 from joint.distributed import gather_objects, rank, world_size
 from joint.experiment import heads_of
+from joint.explore import narrowness, noisy, thinned
 from joint.fusion import fuse, fusion_weights
 from joint.logged_metrics import State, logged_metrics
 from joint.metrics import PerRequest
@@ -34,6 +35,7 @@ from joint.outputs import HeadOutput, Outputs
 from joint.pools import members, recall_by_pool, with_reserved
 from joint.ranks import pool_ranks, ranks, request_sums
 from joint.reference import baseline_metrics
+from joint.variety import variety
 from towers.retrieval import RetrievalHead
 
 Forward = Callable[[Batch], Outputs]
@@ -157,7 +159,8 @@ class Evaluator:
         eligible = torch.from_numpy(free).to(self.device)
         # A rank without requests has run one empty one, which counts for nothing.
         weights = torch.tensor(fusion_weights(self.heads["retrieval"], self.tasks), device=self.device)
-        user = RetrievalHead.fused_vectors(output.user, weights)[: len(requests)]
+        user = RetrievalHead.fused_vectors(self._explored(requests, candidates, output.user), weights)
+        user = self._noisy(user[: len(requests)], requests)
         scores = (user @ corpus.T).where(eligible, -torch.inf)
         row, item = self._relevant(candidates)
         column = torch.from_numpy(self.eligibility.columns(item)).to(self.device)
@@ -167,6 +170,7 @@ class Evaluator:
         for k in self.config.evaluation.k:
             found[f"retrieval/recall@{k}"] = metrics.recall_by_request(place, of, len(requests), k)
             found[f"retrieval/dcg_per_positive@{k}"] = metrics.dcg_by_request(place, of, len(requests), k)
+        found |= self._variety(scores)
         pools = self._pools(requests)
         found |= dict(recall_by_pool(scores, pools, of, column, self.config.evaluation.k))
         quotas = self.config.evaluation.quotas
@@ -179,6 +183,44 @@ class Evaluator:
                 .numpy()
             )
             found |= self._funnel(requests, candidates, kept, free)
+        return found
+
+    def _explored(self, requests: Requests, candidates: Candidates, user: Tensor) -> Tensor:
+        """The users' vectors `[R, T, D]` again, of histories with a part left out, where evaluation.explore says so."""
+        explore = self.config.evaluation.explore
+        if explore is None or explore.keep_history == 1:
+            return user
+        histories, share = self.assembler.dataset.schema.histories, explore.keep_history
+        fewer = thinned(requests, histories, self._keys(requests), keep=share, newest=explore.newest)
+        _, outputs = self._run(fewer, candidates, {"retrieval"})
+        again = outputs["retrieval"].user
+        assert again is not None
+        return again
+
+    def _noisy(self, user: Tensor, requests: Requests) -> Tensor:
+        """The users' fused vectors `[R, D]` with noise, where evaluation.explore says so."""
+        explore = self.config.evaluation.explore
+        if explore is None or not explore.noise:
+            return user
+        events = requests.lists(explore.history)
+        values = self.assembler.dataset.catalogue[self.config.evaluation.variety]
+        assert isinstance(values, np.ndarray)
+        narrow = narrowness(events.with_values(values[events.values]))
+        found = noisy(user.float().cpu().numpy(), self._keys(requests), narrow, noise=explore.noise)
+        return torch.from_numpy(found).to(user)
+
+    def _keys(self, requests: Requests) -> np.ndarray:
+        return draw(self.config.run.seed, requests.scalars("request_id"))
+
+    def _variety(self, scores: Tensor) -> dict[str, State]:
+        """How varied the lists of retrieval are, by the feature that evaluation.variety names."""
+        name, found = self.config.evaluation.variety, dict[str, State]()
+        if name:
+            values = self.assembler.dataset.catalogue[name]
+            assert isinstance(values, np.ndarray)
+            own = torch.from_numpy(values[self.eligibility.corpus].astype(np.int64)).to(self.device)
+            for k in self.config.evaluation.k:
+                found |= variety(scores, own, name, k)
         return found
 
     def _pools(self, requests: Requests) -> dict[str, Tensor]:

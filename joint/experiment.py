@@ -242,6 +242,25 @@ class ItemPool:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Explore:
+    """Some chance in what retrieval finds: noise on the user's vector, and older events left out of histories.
+
+    `noise` is relative to the vector's length; for users of narrow interests it is up to twice as strong, by how few
+    values of `evaluation.variety` the events of `history` have.
+    """
+
+    history: str
+    noise: float = 0.0
+    keep_history: float = 1.0  # the share of events older than the `newest` that is kept
+    newest: int = 10
+
+    def __post_init__(self) -> None:
+        _at_least(0, noise=self.noise, keep_history=self.keep_history, newest=self.newest)
+        if self.keep_history > 1:
+            raise ValueError(f"keep_history is a share, found {self.keep_history}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What is measured, on which part, and the quotas of the funnel."""
 
@@ -251,6 +270,8 @@ class Evaluation:
     k: tuple[int, ...] = (20, 100)
     quotas: dict[str, int] = field(default_factory=dict)  # head -> candidates it keeps, in the funnel's order
     pools: dict[str, ItemPool] = field(default_factory=dict)  # channels of retrieval, in the order of their choice
+    variety: str = ""  # item feature of one id, whose different values in the lists of retrieval are counted
+    explore: Explore | None = None
     whole_catalogue: tuple[Head, ...] = ()  # heads besides retrieval that also score every item for every request
     candidates_per_batch: int = 65_536  # rows scored at once where heads score the whole catalogue
     reference: str = ""  # a finished run on the same dataset, whose ranking head all heads are held against

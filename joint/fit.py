@@ -32,6 +32,13 @@ def _misfits(config: Config, schema: Schema) -> Iterator[Mistake]:
     ]
     yield from unknown_names("data.candidates", list(config.data.candidates), stages, "logged stage")
     yield from unknown_names("data.pool", [config.data.pool], ["", *schema.pools], "pool")
+    values = [f.name for f in schema.features if f.level == "item" and f.kind == "id"]
+    varied, explore = config.evaluation.variety, config.evaluation.explore
+    yield from unknown_names("evaluation.variety", [varied], ["", *values], "item feature of one id")
+    if explore is not None:
+        yield from unknown_names("evaluation.explore.history", [explore.history], histories, "history")
+        if explore.noise and not varied:
+            yield "evaluation.explore.noise", "is stronger for narrow interests: evaluation.variety must say in what"
     for name, pool in config.evaluation.pools.items():
         yield from unknown_names(f"evaluation.pools.{name}.pool", [pool.pool], ["", *schema.pools], "pool")
     yield from unknown_names("data.not_eligible", config.data.not_eligible, histories, "history")

@@ -16,8 +16,9 @@ from joint.objectives import stage_mask
 from joint.outputs import Outputs
 from joint.ranks import ranks
 from joint.schema import Schema
+from joint.variety import Coverage
 
-State = Ratio | PerRequest | AucState
+State = Ratio | PerRequest | AucState | Coverage
 
 
 def logged_metrics(

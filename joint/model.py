@@ -105,7 +105,7 @@ class JointModel(nn.Module):
         seed, step, catalogue = config.run.seed, views.step, self.plan.schema.items
         chosen = uniform_items(batch, objective.share, catalogue, seed=seed, step=step)
         first, second = views(items[chosen])
-        return item_views(head.item_vectors(torch.stack([first, second])), chosen, batch)
+        return item_views(head.item_vectors(torch.stack([first, second])).float(), chosen, batch)
 
     def _plain(self, head: str, side: HeadSide, rows: Rows) -> list[Tensor]:
         return [rows[key.name] for key in self.plan.head_keys(head, side)]
