@@ -32,15 +32,7 @@ def _misfits(config: Config, schema: Schema) -> Iterator[Mistake]:
     ]
     yield from unknown_names("data.candidates", list(config.data.candidates), stages, "logged stage")
     yield from unknown_names("data.pool", [config.data.pool], ["", *schema.pools], "pool")
-    values = [f.name for f in schema.features if f.level == "item" and f.kind == "id"]
-    varied, explore = config.evaluation.variety, config.evaluation.explore
-    yield from unknown_names("evaluation.variety", [varied], ["", *values], "item feature of one id")
-    if explore is not None:
-        yield from unknown_names("evaluation.explore.history", [explore.history], histories, "history")
-        if explore.noise and not varied:
-            yield "evaluation.explore.noise", "is stronger for narrow interests: evaluation.variety must say in what"
-    for name, pool in config.evaluation.pools.items():
-        yield from unknown_names(f"evaluation.pools.{name}.pool", [pool.pool], ["", *schema.pools], "pool")
+    yield from _misfits_of_retrieval(config, schema)
     yield from unknown_names("data.not_eligible", config.data.not_eligible, histories, "history")
     for name, task in config.tasks.items():
         yield from unknown_names(f"tasks.{name}.label", [task.label], schema.labels, "label")
@@ -82,10 +74,6 @@ def _misfits(config: Config, schema: Schema) -> Iterator[Mistake]:
         known = [*(f.name for f in schema.features if f.level != "event"), *config.encoders, *config.cross]
         yield from unknown_names(f"heads.{name}.features", head.features, known, "feature, encoder or cross feature")
         used |= {f: features[f] for f in head.features if f in features}
-        items = [f for f in head.features if f in features and features[f].level == "item"]
-        for o_name, o in config.objectives.items():
-            if isinstance(o, ItemViews) and name == "retrieval" and len(items) < 2:
-                yield f"objectives.{o_name}", "deals the item's features to two views; heads.retrieval.features has one"
         yield from _sides(f"heads.{name}.features", config, head.features, features)
         if isinstance(head, Retrieval) and head.trunk is None:
             yield from _bare_vectors(f"heads.{name}.dim", config, head, features)
@@ -108,6 +96,26 @@ def _misfits(config: Config, schema: Schema) -> Iterator[Mistake]:
             f"tables.{space}",
             f"the dataset has no id space {space!r}{settings.near_miss(space, list(spaces))}",
         )
+
+
+def _misfits_of_retrieval(config: Config, schema: Schema) -> Iterator[Mistake]:
+    """Of how retrieval is measured, and of the views of its items."""
+    histories = [history.name for history in schema.histories]
+    values = [f.name for f in schema.features if f.level == "item" and f.kind == "id"]
+    varied, explore = config.evaluation.variety, config.evaluation.explore
+    yield from unknown_names("evaluation.variety", [varied], ["", *values], "item feature of one id")
+    if explore is not None:
+        yield from unknown_names("evaluation.explore.history", [explore.history], histories, "history")
+        if explore.noise and not varied:
+            yield "evaluation.explore.noise", "is stronger for narrow interests: evaluation.variety must say in what"
+    for name, pool in config.evaluation.pools.items():
+        yield from unknown_names(f"evaluation.pools.{name}.pool", [pool.pool], ["", *schema.pools], "pool")
+    retrieval = config.heads.retrieval
+    of_items = {feature.name for feature in schema.features if feature.level == "item"}
+    read = of_items & {*retrieval.features} if retrieval else of_items
+    for name, objective in config.objectives.items():
+        if isinstance(objective, ItemViews) and len(read) < 2:
+            yield f"objectives.{name}", "deals the item's features to two views; heads.retrieval.features has one"
 
 
 def _sides(path: str, config: Config, names: Sequence[str], features: Mapping[str, Feature]) -> Iterator[Mistake]:
