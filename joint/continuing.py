@@ -63,7 +63,9 @@ def open_before(path: Path, config: Config, schema: Schema) -> Before:
             f"{path}: made from a dataset of hash {environment['dataset']}; this one is {schema.hash}, and was not "
             "appended to that (--continue)"
         )
-    days, seen = schema.days(config.data.train, config.data.days), environment["days"]
+    days, seen = schema.days(config.data.train, config.data.days), environment.get("days")
+    if not seen:
+        raise CheckpointError(f"{run.environment}: does not say on which days the run was trained (--continue)")
     if days[0] <= seen[-1]:
         raise CheckpointError(f"{path}: has trained up to {seen[-1]}; data.days must begin later, found {days[0]}")
     return Before(run, before.data.epochs)

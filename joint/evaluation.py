@@ -176,12 +176,8 @@ class Evaluator:
         quotas = self.config.evaluation.quotas
         if "retrieval" in quotas:
             reserved = {name: pool.quota for name, pool in self.config.evaluation.pools.items()}
-            kept = (
-                with_reserved(scores, pools, reserved)
-                .topk(min(quotas["retrieval"], corpus.shape[0]), dim=1)
-                .indices.cpu()
-                .numpy()
-            )
+            best = with_reserved(scores, pools, reserved)
+            kept = best.topk(min(quotas["retrieval"], corpus.shape[0]), dim=1).indices.cpu().numpy()
             found |= self._funnel(requests, candidates, kept, free)
         return found
 
