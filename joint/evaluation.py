@@ -17,7 +17,6 @@ from torchrec.distributed import DistributedModelParallel
 from joint import metrics
 from joint.alignment import logged_order
 from joint.batch import Batch
-from joint.cascade import funnel, top_k, true_favourites, true_rewards
 from joint.data.assemble import Assembler, logged, positives
 from joint.data.order import Position
 from joint.data.planted.truth import LIST, open_truth
@@ -27,6 +26,17 @@ from joint.data.requests import Requests
 from joint.data.sampling import Candidates, unlabelled
 from joint.distributed import gather_objects, rank, world_size
 from joint.experiment import heads_of
+from joint.funnel_metrics import (
+    Wanted,
+    funnel,
+    orders_of_the_retrieved,
+    served,
+    survival,
+    teacher_favourites,
+    top_k,
+    true_favourites,
+    true_rewards,
+)
 from joint.fusion import fuse, fusion_weights
 from joint.logged_metrics import State, logged_metrics
 from joint.metrics import PerRequest
@@ -184,35 +194,25 @@ class Evaluator:
         batch, outputs = self._run(requests, retrieved, self.heads)
         scores = {head: self._fused(head, output) for head, output in outputs.items()}
         orders = self._others(requests, retrieved) | ({"ranking": scores["ranking"]} if "ranking" in scores else {})
+        if not len(requests):
+            return {}
+        offsets, quotas = batch.offsets, self.config.evaluation.quotas
+        stages = dict(funnel(scores, quotas, offsets))
         relevant = torch.from_numpy(self._is_relevant(items, candidates)).to(self.device)
-        wanted = np.bincount(self._relevant(candidates)[0], minlength=len(requests))
+        total = torch.from_numpy(np.bincount(self._relevant(candidates)[0], minlength=len(requests)))
+        wanted = {"positives": Wanted(relevant, total)}
+        if "ranking" in scores:
+            wanted["teacher_favourites"] = teacher_favourites(scores["ranking"], offsets)
         found: dict[str, State] = {}
-        stages = dict(funnel(scores, self.config.evaluation.quotas, batch.offsets))
-        if self.truth is not None and len(requests):
-            lists = {head: top_k(score, batch.offsets, LIST) for head, score in scores.items()}
-            last, alive = list(stages.items())[-1]
-            lists["funnel"] = alive & top_k(scores[last].where(alive, -torch.inf), batch.offsets, LIST)
-            found |= dict(true_rewards(orders["truth"], batch.offsets, lists))
+        if self.truth is not None:
             everything = np.zeros((len(requests), self.items), bool)
             everything[:, self.eligibility.corpus] = free
-            found |= dict(true_favourites(self.truth, requests, items, everything, stages))
-        if "ranking" in scores:
-            favourite = top_k(scores["ranking"], batch.offsets, LIST)
-            wanted_too = request_sums(favourite, batch.offsets)[: len(requests)]
-            for head, alive in stages.items():
-                kept_too = request_sums(favourite & alive, batch.offsets)[: len(requests)]
-                found[f"funnel/{head}/teacher_favourites"] = PerRequest.of(kept_too, wanted_too)
-        for head, alive in stages.items():
-            quota = self.config.evaluation.quotas[head]
-            left = request_sums(alive & relevant, batch.offsets)[: len(requests)]
-            found[f"funnel/{head}/recall@{quota}"] = PerRequest.of(left, torch.from_numpy(wanted))
-        quota = self.config.evaluation.quotas["retrieval"]
-        for whose, order in orders.items():
-            for head in (head for head in scores if head != whose):
-                distance = metrics.kendall_by_request(scores[head].double(), order.double(), batch.offsets)
-                name = f"alignment/nktd@{quota}/" if whose == "ranking" else f"alignment/{whose}/nktd@{quota}/"
-                found[name + head] = distance
-        return found
+            wanted["true_favourites"] = true_favourites(self.truth, requests, items, everything)
+            lists = {head: top_k(score, offsets, LIST) for head, score in scores.items()}
+            lists["funnel"] = served(stages, scores, offsets)
+            found |= dict(true_rewards(orders["truth"], offsets, lists))
+        found |= dict(survival(stages, quotas, offsets, wanted))
+        return found | dict(orders_of_the_retrieved(scores, orders, offsets, quotas["retrieval"]))
 
     def _whole_catalogue(self, requests: Requests, candidates: Candidates) -> dict[str, State]:
         """Recall of the other heads, each scoring every eligible item for every request."""

@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 import torch
 
-from joint.cascade import funnel, top_k
 from joint.data.eligibility import Eligibility
 from joint.data.order import Position
 from joint.data.pool import PoolItems
@@ -20,6 +19,7 @@ from joint.data.ragged import Ragged, side_by_side
 from joint.data.sampling import unlabelled
 from joint.evaluation import evaluator_of
 from joint.experiment import Config
+from joint.funnel_metrics import funnel, top_k
 from joint.task import build_task
 
 HEADS = ("retrieval", "pre_ranking", "ranking")
