@@ -93,6 +93,9 @@ def mistakes(config: Config) -> Iterator[Mistake]:
         yield "objectives", "some multi_class is over the corpus and some over a sample; expected one pool in a run"
     for name, head in heads.items():
         yield from unknown_names(f"heads.{name}.fusion", list(head.fusion), list(config.tasks), "task")
+        for group, weights in head.fusion_by_group.items():
+            path = f"heads.{name}.fusion_by_group.{group}"
+            yield from unknown_names(path, list(weights), list(config.tasks), "task")
         if not isinstance(head, Retrieval):
             yield from unknown_names(f"heads.{name}.fusion_of", list(head.fusion_of), list(config.tasks), "task")
         yield from _prior_mistakes(name, head)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,29 +21,19 @@ from joint.data.assemble import Assembler, logged, positives
 from joint.data.order import Position
 from joint.data.planted.truth import LIST, open_truth
 from joint.data.pool import NO_POOL, PoolItems
-from joint.data.ragged import Ragged
+from joint.data.ragged import Ragged, offsets_of
 from joint.data.requests import Requests
 from joint.data.sampling import Candidates, unlabelled
 from joint.distributed import gather_objects, rank, world_size
 from joint.experiment import heads_of
-from joint.funnel_metrics import (
-    Wanted,
-    funnel,
-    orders_of_the_retrieved,
-    served,
-    survival,
-    teacher_favourites,
-    top_k,
-    true_favourites,
-    true_rewards,
-)
-from joint.fusion import fuse, fusion_weights
+from joint.funnel_metrics import Entrants, Wanted, best_columns, funnel_metrics, top_k
+from joint.fusion import fuse, fuse_users
 from joint.logged_metrics import State, logged_metrics
 from joint.metrics import PerRequest
 from joint.outputs import HeadOutput, Outputs
 from joint.ranks import pool_ranks, ranks, request_sums
 from joint.reference import baseline_metrics
-from towers.retrieval import RetrievalHead
+from towers.retrieval import Retrieval
 
 Forward = Callable[[Batch], Outputs]
 States = dict[str, list[Any]]  # metric -> its states so far, all of one kind
@@ -58,6 +48,25 @@ class Measured:
 
     numbers: dict[str, float]
     requests: dict[str, np.ndarray]
+
+
+class Chunk(NamedTuple):
+    """Some requests, and what the heads say of their logged candidates."""
+
+    requests: Requests
+    candidates: Candidates
+    batch: Batch
+    outputs: Outputs
+    corpus: Tensor | None  # [C, D] retrieval's vectors of the pool
+
+
+class Block(NamedTuple):
+    """Some requests, and what heads say of every item that is eligible for them."""
+
+    batch: Batch
+    outputs: Outputs
+    relevant: Tensor  # bool [N]
+    wanted: Tensor  # [R] how many positives there are, eligible or not
 
 
 class Evaluator:
@@ -80,18 +89,11 @@ class Evaluator:
         """Every metric of the split; those of heads that score the whole catalogue cost most, and can be left out."""
         states: States = {}
         seen: dict[str, list[np.ndarray]] = {}
-        corpus: Tensor | None = None
-        for requests in self._chunks(split):
-            candidates = logged(requests, self.assembler.dataset)
-            batch, outputs = self._run(requests, candidates, self.heads, with_corpus=corpus is None)
-            scores = {head: self._fused(head, output) for head, output in outputs.items()}
+        for requests, candidates, batch, outputs, corpus in self.on_logged(split):
+            scores = {head: self._fused(head, output, batch) for head, output in outputs.items()}
             orders = self._orders(requests, candidates)
             found = logged_metrics(self.config, self.assembler.dataset.schema, batch, outputs, scores, orders)
-            if "retrieval" in self.heads:
-                if corpus is None:
-                    pool = outputs["retrieval"].pool
-                    assert pool is not None
-                    corpus = pool.vectors[: len(self.eligibility.corpus)]
+            if corpus is not None:
                 found |= self._retrieval(requests, candidates, outputs["retrieval"], corpus)
             if whole_catalogue:
                 found |= self._whole_catalogue(requests, candidates)
@@ -113,6 +115,30 @@ class Evaluator:
         if self.config.evaluation.baselines and split not in self.config.data.train:
             found.numbers.update(baseline_metrics(self.config, self.assembler.dataset, split))
         return found
+
+    @torch.no_grad()
+    def on_logged(self, split: str) -> Iterator[Chunk]:
+        """This rank's requests in pieces, their logged candidates scored by all heads; as many pieces on every rank."""
+        corpus: Tensor | None = None
+        for requests in self._chunks(split):
+            candidates = logged(requests, self.assembler.dataset)
+            batch, outputs = self._run(requests, candidates, self.heads, with_corpus=corpus is None)
+            if "retrieval" in self.heads and corpus is None:
+                pool = outputs["retrieval"].pool
+                assert pool is not None
+                corpus = pool.vectors[: len(self.eligibility.corpus)]
+            yield Chunk(requests, candidates, batch, outputs, corpus)
+
+    @torch.no_grad()
+    def entrants(self, split: str, quota: int) -> Iterator[Entrants]:
+        """What enters funnels in which retrieval keeps up to `quota`, scored by all heads once."""
+        for requests, candidates, _, outputs, corpus in self.on_logged(split):
+            assert corpus is not None, "there is no funnel without retrieval"
+            free = self.eligibility.mask(requests)
+            scores = self.corpus_scores(requests, outputs["retrieval"], corpus, free)
+            entrants = self._retrieved(requests, candidates, scores, free, quota)
+            if entrants is not None:
+                yield entrants
 
     def _chunks(self, split: str) -> Iterator[Requests]:
         """This rank's requests in pieces; every rank gets as many pieces, the last of them maybe without requests."""
@@ -148,80 +174,103 @@ class Evaluator:
         """What candidates are worth to the reference's teacher and in truth, where there are such: whose -> `[N]`."""
         found: dict[str, Tensor] = {}
         if self.reference is not None:
-            _, outputs = self.reference._run(requests, candidates, {"ranking"})
-            found["reference"] = self.reference._fused("ranking", outputs["ranking"])
+            batch, outputs = self.reference._run(requests, candidates, {"ranking"})
+            found["reference"] = self.reference._fused("ranking", outputs["ranking"], batch)
         if len(requests) and self.truth is not None:
             found["truth"] = torch.from_numpy(self.truth.reward(requests, candidates.items)).to(self.device)
         return found
 
-    def _fused(self, head: str, output: HeadOutput) -> Tensor:
-        return fuse(self.heads[head], self.tasks, output.logits)
+    def _fused(self, head: str, output: HeadOutput, batch: Batch) -> Tensor:
+        return fuse(self.heads[head], self.tasks, output.logits, batch.group[batch.row])
 
     def _retrieval(
         self, requests: Requests, candidates: Candidates, output: HeadOutput, corpus: Tensor
     ) -> dict[str, State]:
         """Recall over the whole corpus by one matrix product, and the funnel below what retrieval keeps."""
-        assert output.user is not None
         free = self.eligibility.mask(requests)
-        eligible = torch.from_numpy(free).to(self.device)
-        # A rank without requests has run one empty one, which counts for nothing.
-        weights = torch.tensor(fusion_weights(self.heads["retrieval"], self.tasks), device=self.device)
-        user = RetrievalHead.fused_vectors(output.user, weights)[: len(requests)]
-        scores = (user @ corpus.T).where(eligible, -torch.inf)
+        scores = self.corpus_scores(requests, output, corpus, free)
+        found: dict[str, State] = dict(self.corpus_recall(requests, candidates, scores, free))
+        quotas = self.config.evaluation.quotas
+        if "retrieval" in quotas:
+            entrants = self._retrieved(requests, candidates, scores, free, quotas["retrieval"])
+            found |= funnel_metrics(entrants, quotas) if entrants else {}
+        return found
+
+    def corpus_recall(
+        self, requests: Requests, candidates: Candidates, scores: Tensor, free: np.ndarray
+    ) -> dict[str, PerRequest]:
+        """`retrieval/recall@K` of scores `[R, C]` of the pool, of which `free [R, C]` is eligible."""
         row, item = self._relevant(candidates)
         column = torch.from_numpy(self.eligibility.columns(item)).to(self.device)
         of = torch.from_numpy(row).to(self.device)
-        place = pool_ranks(scores, of, column, mask=eligible)
-        found: dict[str, State] = {}
-        for k in self.config.evaluation.k:
-            found[f"retrieval/recall@{k}"] = metrics.recall_by_request(place, of, len(requests), k)
-            found[f"retrieval/dcg_per_positive@{k}"] = metrics.dcg_by_request(place, of, len(requests), k)
-        quotas = self.config.evaluation.quotas
-        if "retrieval" in quotas:
-            kept = scores.topk(min(quotas["retrieval"], corpus.shape[0]), dim=1).indices.cpu().numpy()
-            found |= self._funnel(requests, candidates, kept, free)
-        return found
+        place = pool_ranks(scores, of, column, mask=torch.from_numpy(free).to(self.device))
+        return {
+            f"retrieval/recall@{k}": metrics.recall_by_request(place, of, len(requests), k)
+            for k in self.config.evaluation.k
+        }
 
-    def _funnel(
-        self, requests: Requests, candidates: Candidates, kept: np.ndarray, free: np.ndarray
-    ) -> dict[str, State]:
-        """What survives each stage, of all that was relevant; and the students' order of what was retrieved."""
-        kept = np.sort(kept, axis=1)
-        items = Ragged(kept.reshape(-1), np.arange(len(kept) + 1) * kept.shape[1])
-        items = items.keep(free[items.rows, items.values])  # where fewer than the quota are eligible
-        items = items.with_values(self.eligibility.corpus[items.values])
+    def corpus_scores(self, requests: Requests, output: HeadOutput, corpus: Tensor, free: np.ndarray) -> Tensor:
+        """Retrieval's fused scores `[R, C]`, -inf for what is not eligible."""
+        assert output.user is not None
+        settings = self.heads["retrieval"]
+        assert isinstance(settings, Retrieval)
+        # A rank without requests has run one empty one, which counts for nothing.
+        group = torch.from_numpy(requests.scalars("group").astype(np.int64)).to(self.device)
+        user = fuse_users(settings, self.tasks, output.user[: len(requests)], group)
+        return (user @ corpus.T).where(torch.from_numpy(free).to(self.device), -torch.inf)
+
+    def _retrieved(
+        self, requests: Requests, candidates: Candidates, scores: Tensor, free: np.ndarray, quota: int
+    ) -> Entrants | None:
+        """The `quota` eligible items that retrieval likes best, scored by all heads; None on a rank without requests.
+
+        Fewer where fewer are eligible. Retrieval's own scores are those that retrieved them.
+        """
+        kept = best_columns(scores, min(quota, scores.shape[1])).cpu().numpy() & free
+        items = Ragged(self.eligibility.corpus[np.nonzero(kept)[1]], offsets_of(kept.sum(axis=1)))
         retrieved = unlabelled(items, self.assembler.dataset.schema.labels)
         batch, outputs = self._run(requests, retrieved, self.heads)
-        scores = {head: self._fused(head, output) for head, output in outputs.items()}
-        orders = self._others(requests, retrieved) | ({"ranking": scores["ranking"]} if "ranking" in scores else {})
+        found = {head: self._fused(head, output, batch) for head, output in outputs.items()}
+        orders = self._others(requests, retrieved) | ({"ranking": found["ranking"]} if "ranking" in found else {})
         if not len(requests):
-            return {}
-        offsets, quotas = batch.offsets, self.config.evaluation.quotas
-        stages = dict(funnel(scores, quotas, offsets))
-        relevant = torch.from_numpy(self._is_relevant(items, candidates)).to(self.device)
-        total = torch.from_numpy(np.bincount(self._relevant(candidates)[0], minlength=len(requests)))
-        wanted = {"positives": Wanted(relevant, total)}
+            return None
+        found["retrieval"] = scores[torch.from_numpy(kept).to(self.device)]
+        logits = {head: output.logits for head, output in outputs.items()}
+        wanted = self._wanted(requests, candidates, items, free, found)
+        return Entrants(requests, items, batch.offsets, logits, found, orders, wanted)
+
+    def _wanted(
+        self, requests: Requests, candidates: Candidates, items: Ragged, free: np.ndarray, scores: Mapping[str, Tensor]
+    ) -> dict[str, Wanted]:
+        """What the funnel over `items` should let through: positives, the teacher's ten of them, the ten truly best."""
+        everything = np.zeros((len(requests), self.items), bool)
+        everything[:, self.eligibility.corpus] = free
+        row, item = self._relevant(candidates)
+        found = {"positives": Wanted.among(items, row, item, everything[row, item])}
         if "ranking" in scores:
-            wanted["teacher_favourites"] = teacher_favourites(scores["ranking"], offsets)
-        found: dict[str, State] = {}
+            place = top_k(scores["ranking"], torch.from_numpy(items.offsets).to(self.device), LIST).cpu().numpy()
+            row, item = items.rows[place], items.values[place]
+            found["teacher_favourites"] = Wanted.among(items, row, item, everything[row, item])
         if self.truth is not None:
-            everything = np.zeros((len(requests), self.items), bool)
-            everything[:, self.eligibility.corpus] = free
-            wanted["true_favourites"] = true_favourites(self.truth, requests, items, everything)
-            lists = {head: top_k(score, offsets, LIST) for head, score in scores.items()}
-            lists["funnel"] = served(stages, scores, offsets)
-            found |= dict(true_rewards(orders["truth"], offsets, lists))
-        found |= dict(survival(stages, quotas, offsets, wanted))
-        return found | dict(orders_of_the_retrieved(scores, orders, offsets, quotas["retrieval"]))
+            best = self.truth.best(requests, LIST, everything)
+            found["true_favourites"] = Wanted.among(items, best.rows, best.values, everything[best.rows, best.values])
+        return found
 
     def _whole_catalogue(self, requests: Requests, candidates: Candidates) -> dict[str, State]:
         """Recall of the other heads, each scoring every eligible item for every request."""
+        states: States = {}
+        for block in self.on_catalogue(requests, candidates):
+            for head in self.config.evaluation.whole_catalogue:
+                self._add(states, self.catalogue_recall(head, block))
+        return {name: metrics.merge_all(parts) for name, parts in states.items()}
+
+    def on_catalogue(self, requests: Requests, candidates: Candidates) -> Iterator[Block]:
+        """Requests in small pieces, every eligible item scored by the heads that score the whole catalogue."""
         heads = self.config.evaluation.whole_catalogue
         if not heads:
-            return {}
+            return
         step = max(1, self.config.evaluation.candidates_per_batch // max(1, len(self.eligibility.corpus)))
         share = -(-self.config.data.requests_per_batch // world_size())
-        states: States = {}
         for start in range(0, share, step):
             rows = np.arange(start, min(start + step, len(requests)))
             if world_size() == 1 and not len(rows):
@@ -231,13 +280,16 @@ class Evaluator:
             batch, outputs = self._run(chosen, unlabelled(items, self.assembler.dataset.schema.labels), heads)
             relevant = torch.from_numpy(self._is_relevant(items, known)).to(self.device)
             wanted = torch.from_numpy(np.bincount(self._relevant(known)[0], minlength=len(chosen)))
-            for head in heads:
-                scores = self._fused(head, outputs[head])
-                rank = ranks(scores, relevant, batch.offsets)
-                for k in self.config.evaluation.k:
-                    hits = request_sums((rank < k) & relevant, batch.offsets)[: len(chosen)]
-                    self._add(states, {f"{head}/recall@{k}": PerRequest.of(hits, wanted)})
-        return {name: metrics.merge_all(parts) for name, parts in states.items()}
+            yield Block(batch, outputs, relevant, wanted)
+
+    def catalogue_recall(self, head: str, block: Block) -> dict[str, PerRequest]:
+        """`HEAD/recall@K` of the requests of a block."""
+        rank = ranks(self._fused(head, block.outputs[head], block.batch), block.relevant, block.batch.offsets)
+        found = {}
+        for k in self.config.evaluation.k:
+            hits = request_sums((rank < k) & block.relevant, block.batch.offsets)[: len(block.wanted)]
+            found[f"{head}/recall@{k}"] = PerRequest.of(hits, block.wanted)
+        return found
 
     def _relevant(self, candidates: Candidates) -> tuple[np.ndarray, np.ndarray]:
         """(request, item) of every positive of the task that evaluation asks for."""

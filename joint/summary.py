@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 from torchrec.distributed import DistributedModelParallel
@@ -58,7 +59,7 @@ def highlights(config: Config, found: Mapping[str, float]) -> str:
     first = min(config.evaluation.k)
     names = [f"{head}/recall@{first}" for head in heads_of(config)]
     names += [f"{head}/auc/{task}" for head in heads_of(config)]
-    names += ["alignment/reverse_rate/fused", *(name for name in found if name.startswith("funnel/"))]
+    names += ["alignment/reverse_rate/fused", *(name for name in found if re.match("funnel/(?!lost/)", name))]
     return "  ".join(f"{name} {found[name]:.4f}" for name in names if name in found)
 
 
