@@ -30,7 +30,7 @@ from joint.funnel_metrics import Entrants, Wanted, best_columns, funnel_metrics,
 from joint.fusion import fuse, fuse_users
 from joint.logged_metrics import State, logged_metrics
 from joint.metrics import PerRequest
-from joint.outputs import HeadOutput, Outputs
+from joint.outputs import Outputs
 from joint.ranks import pool_ranks, ranks, request_sums
 from joint.reference import baseline_metrics
 from towers.retrieval import Retrieval
@@ -89,12 +89,13 @@ class Evaluator:
         """Every metric of the split; those of heads that score the whole catalogue cost most, and can be left out."""
         states: States = {}
         seen: dict[str, list[np.ndarray]] = {}
-        for requests, candidates, batch, outputs, corpus in self.on_logged(split):
-            scores = {head: self._fused(head, output, batch) for head, output in outputs.items()}
+        for chunk in self.on_logged(split):
+            requests, candidates, batch, outputs, corpus = chunk
+            scores = {head: self.fused(head, output.logits, batch.group[batch.row]) for head, output in outputs.items()}
             orders = self._orders(requests, candidates)
             found = logged_metrics(self.config, self.assembler.dataset.schema, batch, outputs, scores, orders)
             if corpus is not None:
-                found |= self._retrieval(requests, candidates, outputs["retrieval"], corpus)
+                found |= self._retrieval(chunk)
             if whole_catalogue:
                 found |= self._whole_catalogue(requests, candidates)
             if len(requests):  # a rank without any has taken part for the sake of the others
@@ -132,11 +133,9 @@ class Evaluator:
     @torch.no_grad()
     def entrants(self, split: str, quota: int) -> Iterator[Entrants]:
         """What enters funnels in which retrieval keeps up to `quota`, scored by all heads once."""
-        for requests, candidates, _, outputs, corpus in self.on_logged(split):
-            assert corpus is not None, "there is no funnel without retrieval"
-            free = self.eligibility.mask(requests)
-            scores = self.corpus_scores(requests, outputs["retrieval"], corpus, free)
-            entrants = self._retrieved(requests, candidates, scores, free, quota)
+        for chunk in self.on_logged(split):
+            free = self.eligibility.mask(chunk.requests)
+            entrants = self._retrieved(chunk, self.corpus_scores(chunk, free), free, quota)
             if entrants is not None:
                 yield entrants
 
@@ -175,69 +174,65 @@ class Evaluator:
         found: dict[str, Tensor] = {}
         if self.reference is not None:
             batch, outputs = self.reference._run(requests, candidates, {"ranking"})
-            found["reference"] = self.reference._fused("ranking", outputs["ranking"], batch)
+            found["reference"] = self.reference.fused("ranking", outputs["ranking"].logits, batch.group[batch.row])
         if len(requests) and self.truth is not None:
             found["truth"] = torch.from_numpy(self.truth.reward(requests, candidates.items)).to(self.device)
         return found
 
-    def _fused(self, head: str, output: HeadOutput, batch: Batch) -> Tensor:
-        return fuse(self.heads[head], self.tasks, output.logits, batch.group[batch.row])
+    def fused(self, head: str, logits: Tensor, group: Tensor) -> Tensor:
+        """A head's scores `[N]` of its logits `[N, T]` and the user group `[N]` of each."""
+        return fuse(self.heads[head], self.tasks, logits, group)
 
-    def _retrieval(
-        self, requests: Requests, candidates: Candidates, output: HeadOutput, corpus: Tensor
-    ) -> dict[str, State]:
+    def _retrieval(self, chunk: Chunk) -> dict[str, State]:
         """Recall over the whole corpus by one matrix product, and the funnel below what retrieval keeps."""
-        free = self.eligibility.mask(requests)
-        scores = self.corpus_scores(requests, output, corpus, free)
-        found: dict[str, State] = dict(self.corpus_recall(requests, candidates, scores, free))
+        free = self.eligibility.mask(chunk.requests)
+        scores = self.corpus_scores(chunk, free)
+        found: dict[str, State] = dict(self.corpus_recall(chunk, scores, free))
         quotas = self.config.evaluation.quotas
         if "retrieval" in quotas:
-            entrants = self._retrieved(requests, candidates, scores, free, quotas["retrieval"])
+            entrants = self._retrieved(chunk, scores, free, quotas["retrieval"])
             found |= funnel_metrics(entrants, quotas) if entrants else {}
         return found
 
-    def corpus_recall(
-        self, requests: Requests, candidates: Candidates, scores: Tensor, free: np.ndarray
-    ) -> dict[str, PerRequest]:
+    def corpus_recall(self, chunk: Chunk, scores: Tensor, free: np.ndarray) -> dict[str, PerRequest]:
         """`retrieval/recall@K` of scores `[R, C]` of the pool, of which `free [R, C]` is eligible."""
-        row, item = self._relevant(candidates)
+        row, item = self._relevant(chunk.candidates)
         column = torch.from_numpy(self.eligibility.columns(item)).to(self.device)
         of = torch.from_numpy(row).to(self.device)
         place = pool_ranks(scores, of, column, mask=torch.from_numpy(free).to(self.device))
         return {
-            f"retrieval/recall@{k}": metrics.recall_by_request(place, of, len(requests), k)
+            f"retrieval/recall@{k}": metrics.recall_by_request(place, of, len(chunk.requests), k)
             for k in self.config.evaluation.k
         }
 
-    def corpus_scores(self, requests: Requests, output: HeadOutput, corpus: Tensor, free: np.ndarray) -> Tensor:
-        """Retrieval's fused scores `[R, C]`, -inf for what is not eligible."""
-        assert output.user is not None
-        settings = self.heads["retrieval"]
+    def corpus_scores(self, chunk: Chunk, free: np.ndarray) -> Tensor:
+        """Retrieval's fused scores `[R, C]` of the pool, -inf for what is not `free [R, C]`, eligible."""
+        settings, users = self.heads["retrieval"], chunk.outputs["retrieval"].user
         assert isinstance(settings, Retrieval)
-        # A rank without requests has run one empty one, which counts for nothing.
-        group = torch.from_numpy(requests.scalars("group").astype(np.int64)).to(self.device)
-        user = fuse_users(settings, self.tasks, output.user[: len(requests)], group)
-        return (user @ corpus.T).where(torch.from_numpy(free).to(self.device), -torch.inf)
+        assert users is not None
+        assert chunk.corpus is not None
+        fused = fuse_users(settings, self.tasks, users, chunk.batch.group)
+        fused = fused[: len(chunk.requests)]  # a rank without requests has run one empty one, which counts for nothing
+        return (fused @ chunk.corpus.T).where(torch.from_numpy(free).to(self.device), -torch.inf)
 
-    def _retrieved(
-        self, requests: Requests, candidates: Candidates, scores: Tensor, free: np.ndarray, quota: int
-    ) -> Entrants | None:
+    def _retrieved(self, chunk: Chunk, scores: Tensor, free: np.ndarray, quota: int) -> Entrants | None:
         """The `quota` eligible items that retrieval likes best, scored by all heads; None on a rank without requests.
 
         Fewer where fewer are eligible. Retrieval's own scores are those that retrieved them.
         """
+        requests, candidates = chunk.requests, chunk.candidates
         kept = best_columns(scores, min(quota, scores.shape[1])).cpu().numpy() & free
         items = Ragged(self.eligibility.corpus[np.nonzero(kept)[1]], offsets_of(kept.sum(axis=1)))
         retrieved = unlabelled(items, self.assembler.dataset.schema.labels)
         batch, outputs = self._run(requests, retrieved, self.heads)
-        found = {head: self._fused(head, output, batch) for head, output in outputs.items()}
+        found = {head: self.fused(head, output.logits, batch.group[batch.row]) for head, output in outputs.items()}
         orders = self._others(requests, retrieved) | ({"ranking": found["ranking"]} if "ranking" in found else {})
         if not len(requests):
             return None
         found["retrieval"] = scores[torch.from_numpy(kept).to(self.device)]
         logits = {head: output.logits for head, output in outputs.items()}
         wanted = self._wanted(requests, candidates, items, free, found)
-        return Entrants(requests, items, batch.offsets, logits, found, orders, wanted)
+        return Entrants(requests, items, batch.offsets, batch.group, logits, found, orders, wanted)
 
     def _wanted(
         self, requests: Requests, candidates: Candidates, items: Ragged, free: np.ndarray, scores: Mapping[str, Tensor]
@@ -284,7 +279,8 @@ class Evaluator:
 
     def catalogue_recall(self, head: str, block: Block) -> dict[str, PerRequest]:
         """`HEAD/recall@K` of the requests of a block."""
-        rank = ranks(self._fused(head, block.outputs[head], block.batch), block.relevant, block.batch.offsets)
+        scores = self.fused(head, block.outputs[head].logits, block.batch.group[block.batch.row])
+        rank = ranks(scores, block.relevant, block.batch.offsets)
         found = {}
         for k in self.config.evaluation.k:
             hits = request_sums((rank < k) & block.relevant, block.batch.offsets)[: len(block.wanted)]

@@ -56,6 +56,7 @@ class Entrants:
     requests: Requests
     items: Ragged  # item indices
     offsets: Tensor  # [R + 1]
+    group: Tensor  # [R] of users
     logits: dict[str, Tensor]  # head -> [N, T]
     scores: dict[str, Tensor]  # head -> its fused scores [N]
     orders: dict[str, Tensor]  # whose -> their order [N]: of the teacher ("ranking"), "reference" and "truth"
@@ -105,7 +106,7 @@ def funnel_metrics(entrants: Entrants, quotas: Mapping[str, int]) -> dict[str, P
         lists["funnel"] = served(stages, scores, offsets)
         found |= dict(true_rewards(entrants.orders["truth"], offsets, lists))
     for kind, wanted in entrants.wanted.items():
-        found |= dict(_survival(kind, wanted, stages, quotas, len(entrants.requests)))
+        found |= dict(survival(kind, wanted, stages, quotas, len(entrants.requests)))
     for whose, order in entrants.orders.items() if "retrieval" in quotas else ():
         for head in (head for head in scores if head != whose):
             quota = quotas["retrieval"]
@@ -114,7 +115,7 @@ def funnel_metrics(entrants: Entrants, quotas: Mapping[str, int]) -> dict[str, P
     return found
 
 
-def _survival(
+def survival(
     kind: str, wanted: Wanted, stages: Mapping[str, Tensor], quotas: Mapping[str, int], requests: int
 ) -> Iterator[tuple[str, PerRequest]]:
     """`funnel/HEAD/recall@QUOTA` of positives and `funnel/HEAD/KIND` of others: the share left after each stage.

@@ -1,11 +1,9 @@
-"""A finished run, measured again: from its newest checkpoint, on any split, under other weights of its tasks."""
+"""A finished run, measured again: from its newest checkpoint, on any split."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,41 +109,3 @@ def show_funnel(path: Path, split: str | None, overrides: Sequence[str] = ()) ->
         if rank() == 0:
             print(f"{run.path}, step {step}, on {split}:")
             print(funnel_table(config, found, costs, corpus=len(evaluator.eligibility.corpus)))
-
-
-def choose_fusion(path: Path, head: str, split: str | None, overrides: Sequence[str] = ()) -> None:
-    """Measure a head under a grid of its tasks' weights, and print what each gives, the best last (RRA's w_serve).
-
-    Judged by the head's recall at the smallest k, over the catalogue or in its input space; or else in the funnel.
-
-    Raises:
-        ConfigError: there is no such head, or one task only, or no recall is measured of it.
-    """
-    with open_model(path, overrides) as (_, evaluator, *_):
-        config = evaluator.config
-        if head not in evaluator.heads or len(config.tasks) < 2:
-            raise ConfigError(f"--choose-fusion {head}: expected a head of {', '.join(evaluator.heads)}, and two tasks")
-        tried, part = [], split or config.evaluation.valid
-        for weights in fusion_grid(len(config.tasks)):
-            fusion = dict(zip(config.tasks, weights, strict=True))
-            evaluator.heads[head] = replace(evaluator.heads[head], fusion=fusion)
-            found = evaluator(part, whole_catalogue=head != "retrieval").numbers
-            quota = config.evaluation.quotas.get(head)
-            goals = (f"{head}/recall@{min(config.evaluation.k)}", f"funnel/{head}/recall@{quota}")
-            goal = next((name for name in goals if name in found), None)
-            if goal is None:
-                raise ConfigError(f"--choose-fusion {head}: name it in evaluation.whole_catalogue or evaluation.quotas")
-            tried.append((found[goal], goal, fusion))
-        if rank() == 0:
-            if part in config.data.train:
-                print(f"on {part}, which the run was trained on: choose with a run that was not")
-            for value, name, fusion in sorted(tried, key=lambda trial: trial[0]):
-                said = ", ".join(f"{task}: {weight:g}" for task, weight in fusion.items())
-                print(f"{name} {value:.4f}  heads.{head}.fusion={{{said}}}")
-
-
-def fusion_grid(tasks: int) -> list[tuple[float, ...]]:
-    """Weights that sum to 1, in tenths for two tasks and in quarters for more."""
-    steps = 10 if tasks == 2 else 4
-    whole = [parts for parts in itertools.product(range(steps + 1), repeat=tasks) if sum(parts) == steps]
-    return [tuple(part / steps for part in parts) for parts in whole]

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from joint.choosing import fusion_grid
 from joint.fusion import fuse, fusion_weights
-from joint.measure import fusion_grid
 from towers.ranking import Ranking
 from towers.retrieval import Retrieval
 

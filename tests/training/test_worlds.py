@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import joint
+from joint.choosing import choose_fusion
 from joint.config import load_config
 from joint.data.assemble import Assembler, logged
 from joint.data.dataset import Dataset
@@ -24,7 +25,7 @@ from joint.distributed import process_group
 from joint.evaluation import evaluator_of
 from joint.features import Plan
 from joint.fusion import fuse
-from joint.measure import choose_fusion, reference_of, show_funnel
+from joint.measure import reference_of, show_funnel
 from joint.task import build_task
 from joint.train import main
 
