@@ -140,10 +140,12 @@ def best(trials: Sequence[Trial], of: Tensor | None = None) -> Trial:
     return sorted(own, key=lambda trial: trial.found.value)[-1]
 
 
-def best_by_group(trials: Sequence[Trial], groups: Tensor) -> dict[int, Trial]:
-    """Group -> the best of its own requests; without the groups that have nothing to find."""
-    found = {group: best(trials, groups == group) for group in groups.unique().tolist()}
-    return {group: trial for group, trial in found.items() if trial.found.ratio.count}
+def best_by_group(trials: Sequence[Trial], groups: Tensor) -> dict[int, tuple[Trial, Trial]]:
+    """Group -> the best trial of its own requests, and what the best of all is for them; where the first is better."""
+    everyone = best(trials)
+    masks = {group: groups == group for group in groups.unique().tolist()}
+    found = {group: (best(trials, mask), everyone.of(mask)) for group, mask in masks.items()}
+    return {group: pair for group, pair in found.items() if pair[0].found.value > pair[1].found.value}
 
 
 def choose_fusion(
@@ -169,9 +171,13 @@ def choose_fusion(
 
 
 def _yaml(head: str, goal: str, trials: Sequence[Trial], groups: Tensor) -> Iterator[str]:
-    """The best weights of all and of every group, and what a group's own weights gain it on this split."""
-    everyone = best(trials)
-    yield f"\nheads:\n  {head}:\n    fusion: {everyone.yaml}\n    fusion_by_group:"
-    for group, own in best_by_group(trials, groups).items():
-        without = everyone.of(groups == group).found.value
-        yield f'      "{group}": {own.yaml}  # {goal} {own.found.value:.4f}, {without:.4f} with those of all'
+    """The best weights of all, and of every group that gains from weights of its own on this split."""
+    yield f"\nheads:\n  {head}:\n    fusion: {best(trials).yaml}"
+    found = best_by_group(trials, groups)
+    if not found:
+        yield "    # no user group gains from weights of its own"
+        return
+    yield "    fusion_by_group:"
+    for group, (own, everyone) in found.items():
+        said = f"{goal} {own.found.value:.4f}, {everyone.found.value:.4f} with those of all"
+        yield f'      "{group}": {own.yaml}  # {said}'

@@ -1,4 +1,4 @@
-"""`python -m joint.evaluate RUN [--split test] [--choose-fusion HEAD [--by-group]] [key=value ...]`: the table of a run."""
+"""`python -m joint.evaluate RUN [--split test] [--choose-fusion HEAD] [key=value ...]`: the table of a run."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from joint import settings
 from joint.config import Mistake, unknown_names
+from joint.data.dataset import Dataset
 from joint.experiment import Config, Encoder, heads_of
 from joint.schema import STAGES, Feature, Schema
 from towers.retrieval import Retrieval
@@ -19,6 +20,17 @@ def check_against(config: Config, tree: settings.Tree, schema: Schema) -> None:
         ConfigError: one line per mistake, all of them.
     """
     settings.raise_at(tree, list(_misfits(config, schema)))
+
+
+def check_groups(config: Config, tree: settings.Tree, dataset: Dataset) -> None:
+    """ConfigError where a head has fusion weights for a user group that no request of the dataset is of."""
+    named = {
+        f"heads.{name}.fusion_by_group.{g}": int(g) for name, h in heads_of(config).items() for g in h.fusion_by_group
+    }
+    if named:
+        last = dataset.largest_group()
+        wrong = [path for path, group in named.items() if group > last]
+        settings.raise_at(tree, [(path, f"the dataset's user groups go from 0 to {last}") for path in wrong])
 
 
 def _misfits(config: Config, schema: Schema) -> Iterator[Mistake]:

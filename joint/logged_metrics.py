@@ -63,7 +63,7 @@ def _on_exposures(config: Config, batch: Batch, outputs: Outputs) -> Iterator[tu
 def in_space(
     config: Config, head: str, scores: Tensor, inside: Tensor, batch: Batch
 ) -> Iterator[tuple[str, PerRequest]]:
-    """The positives among the candidates `inside [N]` that the head has to order (RecFlow's recall, SDCL's precision)."""
+    """The positives among the candidates `inside [N]` the head has to order (RecFlow's recall, SDCL's precision)."""
     offsets = torch.cat([inside.new_zeros(1, dtype=torch.long), inside.long().cumsum(0)])[batch.offsets]
     positive = batch.positive[:, list(config.tasks).index(config.evaluation.task)]
     order, lengths = ranks(scores[inside], positive[inside], offsets), offsets.diff()

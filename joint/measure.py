@@ -18,7 +18,7 @@ from joint.errors import CheckpointError, ConfigError
 from joint.evaluation import Evaluator, evaluator_of
 from joint.experiment import Config
 from joint.features import Plan
-from joint.fit import check_against
+from joint.fit import check_against, check_groups
 from joint.model import JointModel
 from joint.run import RunDirectory, write_metrics
 from joint.summary import funnel_table, table
@@ -46,6 +46,7 @@ def open_model(path: Path, overrides: Sequence[str]) -> Iterator[Opened]:
     config, tree = run.load_config(overrides)
     dataset = Dataset(config.data.path)
     check_against(config, tree, dataset.schema)
+    check_groups(config, tree, dataset)
     run.check_dataset(dataset.schema)
     plan = Plan(config, dataset.schema)
     with process_group() as device:

@@ -22,12 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Imported only now: with a wrong combination of versions these imports fail, and less clearly.
     from joint.config import load_config
     from joint.data.dataset import Dataset
-    from joint.fit import check_against
+    from joint.fit import check_against, check_groups
     from joint.training import train
 
     config, tree = load_config(parsed.config, parsed.overrides)
     dataset = Dataset(config.data.path)
     check_against(config, tree, dataset.schema)
+    check_groups(config, tree, dataset)
     train(config, dataset)
     return 0
 

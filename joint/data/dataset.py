@@ -38,6 +38,13 @@ class Dataset:
         for part in self.schema.parts:
             self._check_part(part)
 
+    def largest_group(self) -> int:
+        """The highest user group of any request, from the files' footers alone."""
+        footers = (pq.read_metadata(self.directory / part.path) for part in self.schema.parts)
+        blocks = (footer.row_group(index) for footer in footers for index in range(footer.num_row_groups))
+        columns = (block.column(i) for block in blocks for i in range(block.num_columns))
+        return max(int(c.statistics.max) for c in columns if c.path_in_schema == "group" and c.statistics is not None)
+
     def columns(self) -> tuple[str, ...]:
         """The columns that training reads."""
         schema = self.schema
