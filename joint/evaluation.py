@@ -5,7 +5,7 @@ A metric's name is `HEAD/METRIC[/TASK]`, `alignment/…` or `funnel/…`; withou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -87,19 +87,28 @@ class Evaluator:
     @torch.no_grad()
     def __call__(self, split: str, *, whole_catalogue: bool) -> Measured:
         """Every metric of the split; those of heads that score the whole catalogue cost most, and can be left out."""
+        chunks = self.on_logged(split)
+        return self.collect(split, ((chunk.requests, self._found(chunk, whole_catalogue)) for chunk in chunks))
+
+    def _found(self, chunk: Chunk, whole_catalogue: bool) -> dict[str, State]:
+        requests, candidates, batch, outputs, corpus = chunk
+        groups = batch.group[batch.row]
+        scores = {head: self.fused(head, output.logits, groups) for head, output in outputs.items()}
+        orders = self._orders(requests, candidates)
+        found = logged_metrics(self.config, self.assembler.dataset.schema, batch, outputs, scores, orders)
+        if corpus is not None:
+            found |= self._retrieval(chunk)
+        if whole_catalogue:
+            found |= self._whole_catalogue(requests, candidates)
+        return found
+
+    def collect(self, split: str, found: Iterable[tuple[Requests, Mapping[str, State]]]) -> Measured:
+        """The metrics of all pieces of a split, of all ranks, together; what others would earn on it beside them."""
         states: States = {}
         seen: dict[str, list[np.ndarray]] = {}
-        for chunk in self.on_logged(split):
-            requests, candidates, batch, outputs, corpus = chunk
-            scores = {head: self.fused(head, output.logits, batch.group[batch.row]) for head, output in outputs.items()}
-            orders = self._orders(requests, candidates)
-            found = logged_metrics(self.config, self.assembler.dataset.schema, batch, outputs, scores, orders)
-            if corpus is not None:
-                found |= self._retrieval(chunk)
-            if whole_catalogue:
-                found |= self._whole_catalogue(requests, candidates)
+        for requests, more in found:
             if len(requests):  # a rank without any has taken part for the sake of the others
-                self._add(states, found)
+                self._add(states, more)
                 for name in (name for name in KEPT if name in requests.columns):
                     seen.setdefault(name, []).append(requests.scalars(name))
         measured = _measured(states, seen)

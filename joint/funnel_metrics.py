@@ -39,6 +39,10 @@ class Wanted:
         near = np.append(keys[order], -1)[(at := np.searchsorted(keys[order], own))]
         return cls(row, item, eligible, np.where(near == own, np.append(order, -1)[at], -1))
 
+    def of(self, pairs: np.ndarray) -> Wanted:
+        """Some of the pairs, bool `[M]`."""
+        return Wanted(self.row[pairs], self.item[pairs], self.eligible[pairs], self.place[pairs])
+
     def passed(self, stages: Mapping[str, Tensor]) -> np.ndarray:
         """How far each came, int64 `[M]`: 0 outside, 1 lost by the first stage, …, len(stages) + 1 through all.
 

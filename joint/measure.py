@@ -10,18 +10,17 @@ from typing import NamedTuple
 import torch
 
 from joint import checkpoint
-from joint.cost import head_costs
 from joint.data.assemble import Assembler
 from joint.data.dataset import Dataset
 from joint.distributed import process_group, rank
-from joint.errors import CheckpointError, ConfigError
+from joint.errors import CheckpointError
 from joint.evaluation import Evaluator, evaluator_of
 from joint.experiment import Config
 from joint.features import Plan
 from joint.fit import check_against, check_groups
 from joint.model import JointModel
 from joint.run import RunDirectory, write_metrics
-from joint.summary import funnel_table, table
+from joint.summary import table
 from joint.task import build_task
 
 
@@ -93,20 +92,3 @@ def evaluate_run(path: Path, split: str | None, overrides: Sequence[str] = ()) -
                 write_metrics(run, found.numbers, found.requests)
             seen = " (which it was trained on)" if split in config.data.train else ""
             print(f"{run.path}, step {step}, on {split}{seen}:\n{table(config, found.numbers)}")
-
-
-def show_funnel(path: Path, split: str | None, overrides: Sequence[str] = ()) -> None:
-    """Print what survives each stage of a run's funnel, what the served ten are worth, and what a request costs.
-
-    Raises:
-        ConfigError: the config has no quotas, and so no funnel.
-    """
-    with open_model(path, overrides) as (run, evaluator, model, step):
-        config, split = evaluator.config, split or evaluator.config.evaluation.test
-        if not config.evaluation.quotas:
-            raise ConfigError(f"{run.path}: evaluation.quotas names no stage, so there is no funnel")
-        found = evaluator(split, whole_catalogue=False).numbers
-        costs = head_costs(model)
-        if rank() == 0:
-            print(f"{run.path}, step {step}, on {split}:")
-            print(funnel_table(config, found, costs, corpus=len(evaluator.eligibility.corpus)))

@@ -24,8 +24,9 @@ from joint.data.sampling import unlabelled
 from joint.distributed import process_group
 from joint.evaluation import evaluator_of
 from joint.features import Plan
+from joint.funnels.show import show_funnel
 from joint.fusion import fuse
-from joint.measure import reference_of, show_funnel
+from joint.measure import reference_of
 from joint.task import build_task
 from joint.train import main
 
