@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def lost_figure(numbers: Mapping[str, float], quotas: Quotas, rows: Sequence[Sli
             panel.tick_params(axis="y", length=0)
         panels[0].set_yticks(range(len(rows)), [row.name for row in rows])
         panels[0].set_ylim(len(rows) - 0.5, -0.5)
-        parts = [part for part in STAGES if part in ("left", "outside", *quotas)]
+        parts = [part for part in STAGES if any(found.get(part) for found in itertools.chain(*shares.values()))]
         handles = [mpl.patches.Patch(color=STAGES[part]) for part in parts]
         said = [SAID.get(part, f"lost by {_stage(part)}") for part in parts]
         figure.legend(handles, said, loc="outside lower center", ncols=len(parts), frameon=False)
@@ -112,9 +113,9 @@ def _stacked(axes: Axes, y: int, shares: Mapping[str, float]) -> None:
     begin = 0.0
     for stage, share in shares.items():
         axes.barh(y, share, left=begin, height=0.74, color=STAGES[stage], edgecolor="white", linewidth=0.8)
-        if share >= 0.1:
+        if share >= 0.13:
             colour = "black" if stage in ("outside", "pre_ranking", "ranking") else "white"
-            axes.annotate(f"{share:.0%}", (begin + share / 2, y), ha="center", va="center", color=colour, fontsize=10)
+            axes.annotate(f"{share:.0%}", (begin + share / 2, y), ha="center", va="center", color=colour, fontsize=9)
         begin += share
 
 
