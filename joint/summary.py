@@ -16,6 +16,8 @@ from joint.distributed import world_size
 from joint.experiment import Config, heads_of
 from joint.features import Plan
 
+WIDTH = 120  # columns of a terminal
+
 
 def opening(
     plan: Plan,
@@ -86,7 +88,7 @@ def table(config: Config, found: Mapping[str, float]) -> str:
     known = [i for i in range(len(columns)) if any(not math.isnan(values[i]) for values in cells.values())]
     lines = [["", *(columns[i] for i in known)]]
     lines += [[row.removeprefix("baselines/"), *(_cell(values[i]) for i in known)] for row, values in cells.items()]
-    return "\n".join([*aligned(lines), *_funnel_lines(config, found)])
+    return "\n".join([*folded(lines), *_funnel_lines(config, found)])
 
 
 def funnel_table(config: Config, found: Mapping[str, float], costs: Mapping[str, Cost], *, corpus: int) -> str:
@@ -121,6 +123,22 @@ def _funnel_lines(config: Config, found: Mapping[str, float]) -> list[str]:
 
 def _cell(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.4f}"
+
+
+def folded(rows: list[list[str]]) -> list[str]:
+    """A table as lines of at most WIDTH: one that is wider goes on below, without the rows that have nothing there."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    blocks: list[list[int]] = [[]]
+    for column in range(1, len(widths)):
+        if blocks[-1] and widths[0] + sum(2 + widths[i] for i in (*blocks[-1], column)) > WIDTH:
+            blocks.append([])
+        blocks[-1].append(column)
+    lines: list[str] = []
+    for block in blocks:
+        own = [[row[0], *(row[i] for i in block)] for row in rows]
+        some = [row for row in own[1:] if {*row[1:]} != {"-"}] if lines else own[1:]
+        lines += [*([""] if lines else []), *aligned([own[0], *some])]
+    return lines
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
