@@ -204,15 +204,16 @@ class Evaluator:
         return found
 
     def corpus_recall(self, chunk: Chunk, scores: Tensor, free: np.ndarray) -> dict[str, PerRequest]:
-        """`retrieval/recall@K` of scores `[R, C]` of the pool, of which `free [R, C]` is eligible."""
+        """`retrieval/recall@K` and `…/dcg_per_positive@K` of scores `[R, C]` of the pool; `free [R, C]` is eligible."""
         row, item = self._relevant(chunk.candidates)
         column = torch.from_numpy(self.eligibility.columns(item)).to(self.device)
         of = torch.from_numpy(row).to(self.device)
         place = pool_ranks(scores, of, column, mask=torch.from_numpy(free).to(self.device))
-        return {
-            f"retrieval/recall@{k}": metrics.recall_by_request(place, of, len(chunk.requests), k)
-            for k in self.config.evaluation.k
-        }
+        found = {}
+        for k in self.config.evaluation.k:
+            found[f"retrieval/recall@{k}"] = metrics.recall_by_request(place, of, len(chunk.requests), k)
+            found[f"retrieval/dcg_per_positive@{k}"] = metrics.dcg_by_request(place, of, len(chunk.requests), k)
+        return found
 
     def corpus_scores(self, chunk: Chunk, free: np.ndarray) -> Tensor:
         """Retrieval's fused scores `[R, C]` of the pool, -inf for what is not `free [R, C]`, eligible."""
