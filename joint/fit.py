@@ -3,23 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from joint import settings
 from joint.config import Mistake, unknown_names
 from joint.data.dataset import Dataset
-from joint.experiment import Config, Encoder, heads_of
-from joint.schema import STAGES, Feature, Schema
+from joint.data.predictions import Predictions, open_predictions, scored
+from joint.experiment import Config, Data, Encoder, heads_of, logged_scores
+from joint.schema import STAGES, Feature, Schema, read_schema
 from towers.retrieval import Retrieval
 from towers.sequence import SelfAttention, TargetAttention
 
 
-def check_against(config: Config, tree: settings.Tree, schema: Schema) -> None:
+def predictions_of(data: Data) -> Predictions | None:
+    """What `data.scores` names; None where it names nothing. DataError if that is not of this dataset."""
+    return open_predictions(data.predictions, Path(data.path), data.train) if data.scores else None
+
+
+def schema_of(data: Data) -> Schema:
+    """The schema of a config's dataset, with the columns of `data.scores` beside its own."""
+    return scored(read_schema(Path(data.path)), predictions_of(data))
+
+
+def data_hash(data: Data) -> str:
+    """What a config reads: the hash of its dataset, and that of its predictions where it has some."""
+    predictions = predictions_of(data)
+    return read_schema(Path(data.path)).hash + (f"+{predictions.hash}" if predictions else "")
+
+
+def check_against(config: Config, tree: settings.Tree, schema: Schema, *, training: bool = True) -> None:
     """Check names against a dataset: features, id spaces, histories, labels and stages.
+
+    Args:
+        training: also what a finished run does without, the scores of a logged teacher.
 
     Raises:
         ConfigError: one line per mistake, all of them.
     """
-    settings.raise_at(tree, list(_misfits(config, schema)))
+    settings.raise_at(tree, [*_misfits(config, schema), *(_unscored(config, schema) if training else ())])
+
+
+def _unscored(config: Config, schema: Schema) -> Iterator[Mistake]:
+    wanted = logged_scores(config)
+    for name, task in config.tasks.items():
+        if task.score in wanted:
+            yield from unknown_names(f"tasks.{name}.score", [task.score], schema.scores, "score column")
 
 
 def check_groups(config: Config, tree: settings.Tree, dataset: Dataset) -> None:

@@ -44,7 +44,7 @@ def open_model(path: Path, overrides: Sequence[str]) -> Iterator[Opened]:
     run = RunDirectory(path)
     config, tree = run.load_config(overrides)
     dataset = Dataset(config.data.path)
-    check_against(config, tree, dataset.schema)
+    check_against(config, tree, dataset.schema, training=False)
     check_groups(config, tree, dataset)
     run.check_dataset(dataset.schema)
     plan = Plan(config, dataset.schema)

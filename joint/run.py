@@ -108,11 +108,14 @@ class RunDirectory:
         return load_config(self.config, overrides)
 
 
-def open_run(config: Config, schema: Schema) -> RunDirectory:
+def open_run(config: Config, schema: Schema, scores: str = "") -> RunDirectory:
     """The directory of a config's run; nothing is written.
 
+    Args:
+        scores: hash of the predictions that it learns from.
+
     Raises:
-        CheckpointError: it holds checkpoints of another config, or from another dataset.
+        CheckpointError: it holds checkpoints of another config, or from another dataset or other predictions.
     """
     run = RunDirectory(Path(config.run.dir) / config.run.name)
     if run.begun:
@@ -122,16 +125,18 @@ def open_run(config: Config, schema: Schema) -> RunDirectory:
             found = "; ".join(differing[:MOST_SAID]) + ("; …" if len(differing) > MOST_SAID else "")
             raise CheckpointError(f"{run.path}: made by another config; choose another run.name. Differing: {found}")
         run.check_dataset(schema)
+        if (found := json.loads(run.environment.read_text()).get("scores", "")) != scores:
+            raise CheckpointError(f"{run.path}: begun with scores of hash {found!r}; data.scores now has {scores!r}")
     return run
 
 
-def make_run(run: RunDirectory, config: Config, schema: Schema) -> None:
+def make_run(run: RunDirectory, config: Config, schema: Schema, scores: str = "") -> None:
     """Write the run's config and environment, unless it is being resumed; CheckpointError where that cannot be."""
     if run.begun:
         return
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        write_whole(run.environment, json.dumps(_environment(schema), indent=1))
+        write_whole(run.environment, json.dumps(_environment(schema) | {"scores": scores}, indent=1))
         write_whole(run.config, settings.dump(config))
     except OSError as error:
         raise CheckpointError(f"{run.path}: cannot be made ({error.strerror})") from error

@@ -40,7 +40,8 @@ from towers.mixtures import routing, set_step
 def train(config: Config, dataset: Dataset) -> None:
     """Train a config to its end, from its newest checkpoint if it has one, then measure it on the test part."""
     with process_group() as device, stop_flag() as stopped:
-        run = open_run(config, dataset.schema)
+        scores = dataset.predictions.hash if dataset.predictions else ""
+        run = open_run(config, dataset.schema, scores)
         plan = Plan(config, dataset.schema)
         assembler = Assembler(plan, dataset)
         model = build_task(plan, device)
@@ -49,7 +50,7 @@ def train(config: Config, dataset: Dataset) -> None:
         loader = Loader(assembler, rank=rank(), world_size=world_size())
         total = loader.total_batches()
         if rank() == 0:  # only now that everything could be built
-            make_run(run, config, dataset.schema)
+            make_run(run, config, dataset.schema, scores)
         reporter = Reporter(run, total_steps=total, resumed_from=progress.step)
         costs = head_costs(model.module.dense.model)
         if config.train.fast_lookup and (trouble := use_fast_lookup(model)):
