@@ -132,19 +132,23 @@ class Evaluator:
         corpus: Tensor | None = None
         for requests in self._chunks(split):
             candidates = logged(requests, self.assembler.dataset)
-            batch, outputs = self._run(requests, candidates, self.heads, with_corpus=corpus is None)
+            batch, outputs = self.run(requests, candidates, self.heads, with_corpus=corpus is None)
             if "retrieval" in self.heads and corpus is None:
-                pool = outputs["retrieval"].pool
-                assert pool is not None
-                corpus = pool.vectors[: len(self.eligibility.corpus)]
+                corpus = self.corpus_of(outputs)
             yield Chunk(requests, candidates, batch, outputs, corpus)
+
+    def corpus_of(self, outputs: Outputs) -> Tensor:
+        """Retrieval's vectors of the pool `[C, D]`, from outputs `with_corpus`."""
+        pool = outputs["retrieval"].pool
+        assert pool is not None
+        return pool.vectors[: len(self.eligibility.corpus)]
 
     @torch.no_grad()
     def entrants(self, split: str, quota: int) -> Iterator[Entrants]:
         """What enters funnels in which retrieval keeps up to `quota`, scored by all heads once."""
         for chunk in self.on_logged(split):
             free = self.eligibility.mask(chunk.requests)
-            entrants = self._retrieved(chunk, self.corpus_scores(chunk, free), free, quota)
+            entrants = self.retrieved(chunk, self.corpus_scores(chunk, free), free, quota)
             if entrants is not None:
                 yield entrants
 
@@ -158,7 +162,7 @@ class Evaluator:
                     mine = np.arange(start, min(start + size, len(requests)))[rank() :: world_size()]
                     yield requests.take(mine)
 
-    def _run(
+    def run(
         self, requests: Requests, candidates: Candidates, scoring: Collection[str], *, with_corpus: bool = False
     ) -> tuple[Batch, Outputs]:
         """The outputs of the `scoring` heads on every candidate, and of the pool where it is wanted."""
@@ -182,7 +186,7 @@ class Evaluator:
         """What candidates are worth to the reference's teacher and in truth, where there are such: whose -> `[N]`."""
         found: dict[str, Tensor] = {}
         if self.reference is not None:
-            batch, outputs = self.reference._run(requests, candidates, {"ranking"})
+            batch, outputs = self.reference.run(requests, candidates, {"ranking"})
             found["reference"] = self.reference.fused("ranking", outputs["ranking"].logits, batch.group[batch.row])
         if len(requests) and self.truth is not None:
             found["truth"] = torch.from_numpy(self.truth.reward(requests, candidates.items)).to(self.device)
@@ -199,20 +203,30 @@ class Evaluator:
         found: dict[str, State] = dict(self.corpus_recall(chunk, scores, free))
         quotas = self.config.evaluation.quotas
         if "retrieval" in quotas:
-            entrants = self._retrieved(chunk, scores, free, quotas["retrieval"])
+            entrants = self.retrieved(chunk, scores, free, quotas["retrieval"])
             found |= funnel_metrics(entrants, quotas) if entrants else {}
         return found
 
     def corpus_recall(self, chunk: Chunk, scores: Tensor, free: np.ndarray) -> dict[str, PerRequest]:
-        """`retrieval/recall@K` and `…/dcg_per_positive@K` of scores `[R, C]` of the pool; `free [R, C]` is eligible."""
+        """`retrieval/recall@K`, `dcg_per_positive@K` and `weighted_recall@K/TASK` of a pool's scores `[R, C]`.
+
+        `free [R, C]` is eligible.
+        """
         row, item = self._relevant(chunk.candidates)
         column = torch.from_numpy(self.eligibility.columns(item)).to(self.device)
         of = torch.from_numpy(row).to(self.device)
-        place = pool_ranks(scores, of, column, mask=torch.from_numpy(free).to(self.device))
+        eligible, count = torch.from_numpy(free).to(self.device), len(chunk.requests)
+        place = pool_ranks(scores, of, column, mask=eligible)
         found = {}
         for k in self.config.evaluation.k:
-            found[f"retrieval/recall@{k}"] = metrics.recall_by_request(place, of, len(chunk.requests), k)
-            found[f"retrieval/dcg_per_positive@{k}"] = metrics.dcg_by_request(place, of, len(chunk.requests), k)
+            found[f"retrieval/recall@{k}"] = metrics.recall_by_request(place, of, count, k)
+            found[f"retrieval/dcg_per_positive@{k}"] = metrics.dcg_by_request(place, of, count, k)
+        for task, values in self._weights(chunk.candidates).items():
+            weight = torch.from_numpy(values).to(self.device)
+            place = pool_ranks(scores, of, column, mask=eligible, weight=weight)
+            for k in self.config.evaluation.k:
+                recall = metrics.recall_by_request(place, of, count, k, weight=weight)
+                found[f"retrieval/weighted_recall@{k}/{task}"] = recall
         return found
 
     def corpus_scores(self, chunk: Chunk, free: np.ndarray) -> Tensor:
@@ -225,7 +239,7 @@ class Evaluator:
         fused = fused[: len(chunk.requests)]  # a rank without requests has run one empty one, which counts for nothing
         return (fused @ chunk.corpus.T).where(torch.from_numpy(free).to(self.device), -torch.inf)
 
-    def _retrieved(self, chunk: Chunk, scores: Tensor, free: np.ndarray, quota: int) -> Entrants | None:
+    def retrieved(self, chunk: Chunk, scores: Tensor, free: np.ndarray, quota: int) -> Entrants | None:
         """The `quota` eligible items that retrieval likes best, scored by all heads; None on a rank without requests.
 
         Fewer where fewer are eligible. Retrieval's own scores are those that retrieved them.
@@ -234,7 +248,7 @@ class Evaluator:
         kept = best_columns(scores, min(quota, scores.shape[1])).cpu().numpy() & free
         items = Ragged(self.eligibility.corpus[np.nonzero(kept)[1]], offsets_of(kept.sum(axis=1)))
         retrieved = unlabelled(items, self.assembler.dataset.schema.labels)
-        batch, outputs = self._run(requests, retrieved, self.heads)
+        batch, outputs = self.run(requests, retrieved, self.heads)
         found = {head: self.fused(head, output.logits, batch.group[batch.row]) for head, output in outputs.items()}
         orders = self._others(requests, retrieved) | ({"ranking": found["ranking"]} if "ranking" in found else {})
         if not len(requests):
@@ -251,7 +265,8 @@ class Evaluator:
         everything = np.zeros((len(requests), self.items), bool)
         everything[:, self.eligibility.corpus] = free
         row, item = self._relevant(candidates)
-        found = {"positives": Wanted.among(items, row, item, everything[row, item])}
+        weight = self._weights(candidates)
+        found = {"positives": Wanted.among(items, row, item, everything[row, item], weight)}
         if "ranking" in scores:
             place = top_k(scores["ranking"], torch.from_numpy(items.offsets).to(self.device), LIST).cpu().numpy()
             row, item = items.rows[place], items.values[place]
@@ -282,7 +297,7 @@ class Evaluator:
                 break
             chosen, known = requests.take(rows), _take(candidates, rows)
             items = self.eligibility.eligible(chosen)
-            batch, outputs = self._run(chosen, unlabelled(items, self.assembler.dataset.schema.labels), heads)
+            batch, outputs = self.run(chosen, unlabelled(items, self.assembler.dataset.schema.labels), heads)
             relevant = torch.from_numpy(self._is_relevant(items, known)).to(self.device)
             wanted = torch.from_numpy(np.bincount(self._relevant(known)[0], minlength=len(chosen)))
             yield Block(batch, outputs, relevant, wanted)
@@ -301,6 +316,13 @@ class Evaluator:
         """(request, item) of every positive of the task that evaluation asks for."""
         positive = positives(candidates, self.config.tasks[self.config.evaluation.task])
         return candidates.items.rows[positive], candidates.items.values[positive].astype(np.int64)
+
+    def _weights(self, candidates: Candidates) -> dict[str, np.ndarray]:
+        """Weighted task -> what each of the `_relevant` weighs: its value, 0 where that is no positive (RRA 5.1.2)."""
+        relevant = positives(candidates, self.config.tasks[self.config.evaluation.task])
+        weighted = {name: task for name, task in self.config.tasks.items() if task.kind == "weighted"}
+        values = {n: np.where(positives(candidates, of), candidates.labels[of.label], 0) for n, of in weighted.items()}
+        return {name: of[relevant] for name, of in values.items()}
 
     def _is_relevant(self, items: Ragged, candidates: Candidates) -> np.ndarray:
         row, target = self._relevant(candidates)

@@ -6,7 +6,7 @@ Ragged, no loop over requests; where the first candidates come from does not mat
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -29,19 +29,28 @@ class Wanted:
     item: np.ndarray  # int64 [M]
     eligible: np.ndarray  # bool [M]
     place: np.ndarray  # int64 [M]: which of the funnel's candidates it is, -1: none
+    weight: Mapping[str, np.ndarray] = field(default_factory=dict)  # weighted task -> what each pair weighs [M]
 
     @classmethod
-    def among(cls, items: Ragged, row: np.ndarray, item: np.ndarray, eligible: np.ndarray) -> Wanted:
+    def among(
+        cls,
+        items: Ragged,
+        row: np.ndarray,
+        item: np.ndarray,
+        eligible: np.ndarray,
+        weight: Mapping[str, np.ndarray] | None = None,
+    ) -> Wanted:
         """Pairs `row [M], item [M]`, looked up among the funnel's candidates `items`."""
         size = 1 + max(items.values.max(initial=0), item.max(initial=0))
         keys, own = items.rows * size + items.values, row * size + item
         order = keys.argsort(kind="stable")
         near = np.append(keys[order], -1)[(at := np.searchsorted(keys[order], own))]
-        return cls(row, item, eligible, np.where(near == own, np.append(order, -1)[at], -1))
+        return cls(row, item, eligible, np.where(near == own, np.append(order, -1)[at], -1), weight or {})
 
     def of(self, pairs: np.ndarray) -> Wanted:
         """Some of the pairs, bool `[M]`."""
-        return Wanted(self.row[pairs], self.item[pairs], self.eligible[pairs], self.place[pairs])
+        weight = {task: values[pairs] for task, values in self.weight.items()}
+        return Wanted(self.row[pairs], self.item[pairs], self.eligible[pairs], self.place[pairs], weight)
 
     def passed(self, stages: Mapping[str, Tensor]) -> np.ndarray:
         """How far each came, int64 `[M]`: 0 outside, 1 lost by the first stage, …, len(stages) + 1 through all.
@@ -124,13 +133,16 @@ def survival(
 ) -> Iterator[tuple[str, PerRequest]]:
     """`funnel/HEAD/recall@QUOTA` of positives and `funnel/HEAD/KIND` of others: the share left after each stage.
 
+    Of positives also `funnel/HEAD/weighted_recall@QUOTA/TASK`, each weighing its value of a weighted task (RRA).
+
     And which share each stage lost: `funnel/lost/HEAD` of positives, `funnel/lost/HEAD/KIND` of others. What is lost
     and what the last stage left sum to 1; of positives, `funnel/lost/outside` are those that could not be served.
     """
     passed = wanted.passed(stages)
 
-    def share(which: np.ndarray) -> PerRequest:
-        totals = (np.bincount(wanted.row[mask], minlength=requests) for mask in (which, passed >= 0))
+    def share(which: np.ndarray, weight: np.ndarray | None = None) -> PerRequest:
+        own = np.ones(len(which)) if weight is None else weight
+        totals = (np.bincount(wanted.row[mask], own[mask], minlength=requests) for mask in (which, passed >= 0))
         return PerRequest.of(*map(torch.from_numpy, totals))
 
     of = "" if kind == "positives" else f"/{kind}"
@@ -139,6 +151,8 @@ def survival(
     for place, head in enumerate(stages, 1):
         yield f"funnel/lost/{head}{of}", share(passed == place)
         yield f"funnel/{head}{of or f'/recall@{quotas[head]}'}", share(passed > place)
+        for task, weight in wanted.weight.items():
+            yield f"funnel/{head}/weighted_recall@{quotas[head]}/{task}", share(passed > place, weight)
 
 
 def true_rewards(worth: Tensor, offsets: Tensor, lists: Mapping[str, Tensor]) -> Iterator[tuple[str, PerRequest]]:

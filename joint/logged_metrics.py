@@ -73,3 +73,10 @@ def in_space(
         yield f"{head}/precision@{k}", metrics.precision_by_request(rank, row, lengths, k)
         yield f"{head}/ndcg@{k}", metrics.ndcg_by_request(rank, row, len(lengths), k)
         yield f"{head}/dcg_per_positive@{k}", metrics.dcg_by_request(rank, row, len(lengths), k)
+    for index, (task, rule) in enumerate(config.tasks.items()):
+        if rule.kind == "weighted":
+            worth = batch.weight[:, index].where(batch.positive[:, index], 0)[inside]
+            rank = ranks(scores[inside], positive[inside], offsets, worth)[positive[inside]]
+            for k in config.evaluation.k:
+                recall = metrics.recall_by_request(rank, row, len(lengths), k, weight=worth[positive[inside]])
+                yield f"{head}/weighted_recall@{k}/{task}", recall

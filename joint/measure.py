@@ -34,12 +34,15 @@ class Opened(NamedTuple):
 
 
 @contextmanager
-def open_model(path: Path, overrides: Sequence[str]) -> Iterator[Opened]:
+def open_model(path: Path, overrides: Sequence[str], other: Dataset | None = None) -> Iterator[Opened]:
     """A run's newest checkpoint.
+
+    Args:
+        other: a dataset to measure it on; None: its own.
 
     Raises:
         ConfigError: an override is of something that training depends on.
-        CheckpointError: there is no complete checkpoint, or the dataset is another one.
+        CheckpointError: there is no complete checkpoint, or the run's dataset is another one.
     """
     run = RunDirectory(path)
     config, tree = run.load_config(overrides)
@@ -53,7 +56,7 @@ def open_model(path: Path, overrides: Sequence[str]) -> Iterator[Opened]:
         progress = checkpoint.load_latest(run.checkpoints, model)
         if not progress.step:
             raise CheckpointError(f"{run.checkpoints}: no complete checkpoint in it; train the run first")
-        evaluator = evaluator_of(model, Assembler(plan, dataset), device)
+        evaluator = evaluator_of(model, Assembler(plan, other or dataset), device)
         evaluator.reference = reference_of(config, dataset, device)
         yield Opened(run, evaluator, model.module.dense.model, progress.step)
 

@@ -83,13 +83,16 @@ class RunDirectory:
         """Whether there is something to resume. A run that never saved may be started again with another config."""
         return self.config.is_file() and bool(steps(self.checkpoints))
 
+    def made_with(self, what: str) -> str:
+        """An entry of environment.json, '' if it has none; CheckpointError if the file cannot be read."""
+        try:
+            return str(json.loads(self.environment.read_text()).get(what, ""))
+        except (OSError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{self.environment}: cannot be read ({error})") from error
+
     def check_dataset(self, schema: Schema) -> None:
         """CheckpointError if the run was made from another dataset, or its environment.json cannot be read."""
-        try:
-            found = json.loads(self.environment.read_text())["dataset"]
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{self.environment}: cannot be read ({error})") from error
-        if found != schema.hash:
+        if (found := self.made_with("dataset")) != schema.hash:
             raise CheckpointError(f"{self.path}: made from a dataset of hash {found}, this one's is {schema.hash}")
 
     def load_config(self, overrides: Sequence[str] = ()) -> tuple[Config, settings.Tree]:
@@ -125,7 +128,7 @@ def open_run(config: Config, schema: Schema, scores: str = "") -> RunDirectory:
             found = "; ".join(differing[:MOST_SAID]) + ("; …" if len(differing) > MOST_SAID else "")
             raise CheckpointError(f"{run.path}: made by another config; choose another run.name. Differing: {found}")
         run.check_dataset(schema)
-        if (found := json.loads(run.environment.read_text()).get("scores", "")) != scores:
+        if (found := run.made_with("scores")) != scores:
             raise CheckpointError(f"{run.path}: begun with scores of hash {found!r}; data.scores now has {scores!r}")
     return run
 

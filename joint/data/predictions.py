@@ -50,10 +50,10 @@ class Predictions:
             table = pq.ParquetFile(path).read_row_groups(list(groups), columns=["request_id", *names])
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path}: cannot be read ({first_line(error)}); run joint.predict again") from error
-        columns = dict(from_arrow(table).columns)
-        if not np.array_equal(columns.pop("request_id"), request_id):
+        found = from_arrow(table)
+        if not np.array_equal(found.scalars("request_id"), request_id):
             raise DataError(f"{path}: is not of the requests of {part.path}; run joint.predict again")
-        return columns
+        return {name: found.columns[name] for name in names}
 
 
 def open_predictions(directory: Path, dataset: Path, splits: Sequence[str]) -> Predictions:
