@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -32,6 +33,8 @@ from joint.funnels.measure import sweep_quotas
 from joint.funnels.show import show_funnel
 from joint.fusion import fuse
 from joint.measure import open_model, reference_of
+from joint.prediction import predict
+from joint.schema import Stage
 from joint.task import build_task
 from joint.train import main
 
@@ -227,3 +230,31 @@ def test_the_reward_and_the_orders_by_brute_force(scored, world: Path) -> None:
         known = place >= 0
         by_log = discordant(of_candidates[known], -place[known].astype(float))
         assert table["alignment/logged/reverse_rate/ranking.total"][row] == pytest.approx(by_log, abs=0.02)
+
+
+def test_weighted_recall_among_the_logged_candidates_of_a_head(runs: Path, world: Path) -> None:
+    """Of the items viewed, each weighs its minutes: by the scores that the run itself predicts."""
+    predict(runs / "first", world, runs / "predicted", splits=["test"], heads=["ranking"], k=0)
+    config, _ = load_config(runs / "first" / "config.yaml")
+    fusion, hit, total = config.heads.ranking.fusion, dict.fromkeys(config.evaluation.k, 0.0), 0.0
+    for path in sorted((runs / "predicted" / "scores").rglob("*.parquet")):
+        logged_rows = pq.ParquetFile(world / path.relative_to(runs / "predicted" / "scores")).read().to_pylist()
+        for row, scores in zip(logged_rows, pq.ParquetFile(path).read().to_pylist(), strict=True):
+            logits = {task: np.array(scores[f"ranking.{task}"]) for task in fusion}
+            fused = fusion["view"] / (1 + np.exp(-logits["view"])) + fusion["like"] / (1 + np.exp(-logits["like"]))
+            fused = fused + fusion["dwm"] * np.exp(logits["dwm"])
+            space = np.array(row["stages"]) & (Stage.EXPOSED | Stage.RANKED) != 0
+            minutes = np.array(
+                [
+                    0 if m is None or m < 0.01 or not v else m
+                    for m, v in zip(row["dwm"], row["effective_view"], strict=True)
+                ]
+            )
+            order = np.argsort(-np.where(space, fused, -np.inf))
+            total += minutes.sum()
+            for k in hit:
+                hit[k] += minutes[order[:k]].sum()
+    measured = found(runs, "first")
+    assert total > 0
+    for k, minutes in hit.items():
+        assert measured[f"ranking/weighted_recall@{k}/dwm"] == pytest.approx(minutes / total, rel=1e-4)
