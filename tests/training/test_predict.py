@@ -94,8 +94,9 @@ def test_the_lists_are_the_best_eligible_items_by_brute_force(made, tiny_data):
             one = requests.take(np.array([number]))
             everything = unlabelled(Ragged(np.arange(ITEMS), np.array([0, ITEMS])), dataset.schema.labels)
             with torch.no_grad():
-                _, outputs = evaluator.run(one, everything, HEADS)
-            score = {head: evaluator.fused(head, outputs[head]).numpy() for head in HEADS}
+                batch, outputs = evaluator.run(one, everything, HEADS)
+            group = batch.group[batch.row]
+            score = {head: evaluator.fused(head, outputs[head].logits, group).numpy() for head in HEADS}
             kept = np.flatnonzero(evaluator.eligibility.mask(one)[0])
             lists = {"retrieval": kept[np.argsort(-score["retrieval"][kept])][:10]}
             for head, quota in evaluator.config.evaluation.quotas.items():
