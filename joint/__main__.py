@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train, resume, and evaluate; under many ranks: torchrun -m joint.train",
     "evaluate": "measure a run again",
     "cascade": "a run's funnel, stage by stage",
+    "predict": "a run's scores and lists, as Parquet",
     "compare": "variants by seeds and worlds, with tests",
 }
 

@@ -35,6 +35,7 @@ class Batch(Pipelineable):
     weight: Tensor  # [N, T] of a positive: the label's value for a weighted task, else 1
     weighted: Tensor  # [T] bool: tasks of kind weighted
     positive: Tensor  # [N, T] bool: exposed with the task's feedback
+    scores: Tensor  # [N, T] a logged teacher's logits; NaN where it has none
     observed: Tensor  # [N, T] bool: an exposure with known feedback, or an unexposed candidate (label 0)
     request_id: Tensor  # [R]
     group: Tensor  # [R]

@@ -1,94 +1,44 @@
-"""The funnel: each head keeps its best candidates and hands them to the next. Ragged, no loop over requests.
+"""`python -m joint.cascade RUN [--sweep retrieval=50,100 …]`, or `… RUN RUN …`: funnels, stage by stage.
 
-`python -m joint.cascade RUN [--split test] [evaluation.quotas={...}]` says what survives each stage, what the ten that
-are served are worth where that is known, and at what cost.
+What survives each stage and which stage lost the rest, what the ten that are served are worth where that is known, and
+at what cost; other quotas on the same scores; or several runs' funnels beside each other.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from joint.commands import run_command
-from joint.data.planted.truth import LIST, Truth
-from joint.data.ragged import Ragged
-from joint.data.requests import Requests
-from joint.metrics import PerRequest
-from joint.ranks import order_within, positions, request_sums
+from joint.errors import UserError
 from joint.schema import SPLITS
 from joint.versions import check_versions
 
 
-def top_k(scores: Tensor, offsets: Tensor, k: int) -> Tensor:
-    """True for the K best of each request, bool `[N]`; among equal scores the earlier candidate."""
-    order = order_within(scores, offsets, torch.arange(len(scores), device=scores.device))
-    place = torch.empty_like(order).scatter_(0, order, positions(offsets))
-    return place < k
-
-
-def funnel(scores: Mapping[str, Tensor], quotas: Mapping[str, int], offsets: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The stages in the order of `quotas`, each with its survivors, bool `[N]`.
-
-    Args:
-        scores: head -> fused scores `[N]` on the same ragged candidates; only survivors' are read.
-        quotas: head -> how many it keeps of those the stage before left.
-    """
-    alive = torch.ones(int(offsets[-1]), dtype=torch.bool, device=offsets.device)
-    for head, quota in quotas.items():
-        alive = alive & top_k(scores[head].where(alive, -torch.inf), offsets, quota)
-        yield head, alive
-
-
-def true_rewards(worth: Tensor, offsets: Tensor, lists: Mapping[str, Tensor]) -> Iterator[tuple[str, PerRequest]]:
-    """What the lists served to fresh requests of a planted world are worth: `NAME/true_reward@10`.
-
-    The expected true reward per place of the list, an empty place being worth nothing: the primary endpoint.
-
-    Args:
-        worth: the true reward of each candidate, `[N]`.
-        lists: name -> the candidates (at most ten a request) that are served, bool `[N]`.
-    """
-    for name, served in lists.items():
-        total = request_sums(worth.where(served, 0), offsets)
-        one = torch.ones_like(total)
-        yield f"{name}/true_reward@{LIST}", PerRequest.of(total / LIST, one)
-
-
-def true_favourites(
-    truth: Truth, requests: Requests, items: Ragged, eligible: np.ndarray, stages: Mapping[str, Tensor]
-) -> Iterator[tuple[str, PerRequest]]:
-    """How many of the ten items of most true worth survive each stage: `funnel/HEAD/true_favourites`.
-
-    Args:
-        eligible: bool `[R, items of the catalogue]`.
-        stages: head -> its survivors among `items`, bool `[N]`.
-    """
-    best = truth.best(requests, LIST, eligible)
-    size = eligible.shape[1]
-    favourite = np.isin(items.rows * size + items.values, best.rows * size + best.values)
-    offsets, wanted = torch.from_numpy(items.offsets), torch.from_numpy(best.lengths)
-    for head, alive in stages.items():
-        left = request_sums(torch.from_numpy(favourite) & alive.cpu(), offsets)
-        yield f"funnel/{head}/true_favourites", PerRequest.of(left, wanted)
-
-
-def main() -> int:
-    """Print the funnel of a run; returns the exit code."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the funnel of a run, or of several, and write the report; returns the exit code."""
     parser = argparse.ArgumentParser(prog="joint.cascade", description="What survives each stage of a run's funnel.")
-    parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of evaluation.* and heads.HEAD.fusion only")
+    parser.add_argument("targets", nargs="+", metavar="RUN|key=value", help="of evaluation.* and fusion only")
     parser.add_argument("--split", choices=SPLITS, help="default: the config's evaluation.test")
-    arguments = parser.parse_intermixed_args()
+    parser.add_argument("--sweep", nargs="+", metavar="HEAD=N,N", help="every combination of these quotas as well")
+    parser.add_argument("--out", type=Path, help="the report's folder (default: RUN/cascade; of several runs: cascade)")
+    parsed = parser.parse_intermixed_args(arguments)
+    if find_spec("matplotlib") is None:
+        raise UserError("a report needs matplotlib: pip install matplotlib (or .[report])")
     check_versions()
     # Imported only now: with a wrong combination of versions this import fails, and less clearly.
-    from joint.measure import show_funnel
+    from joint.funnels.show import compare_funnels, show_funnel
 
-    show_funnel(arguments.run, arguments.split, arguments.overrides)
+    overrides = [text for text in parsed.targets if "=" in text and not Path(text).exists()]
+    runs = [Path(text) for text in parsed.targets if text not in overrides]
+    if not runs or (len(runs) > 1 and parsed.sweep):
+        raise UserError("expected one run directory, or several without --sweep")
+    if len(runs) > 1:
+        compare_funnels(runs, parsed.split, overrides, out=parsed.out or Path("cascade"))
+    else:
+        show_funnel(runs[0], parsed.split, overrides, sweep=parsed.sweep or (), out=parsed.out)
     return 0
 
 

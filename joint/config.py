@@ -104,6 +104,9 @@ def mistakes(config: Config) -> Iterator[Mistake]:
         yield "objectives", "names item_views twice; expected one"
     for name, head in heads.items():
         yield from unknown_names(f"heads.{name}.fusion", list(head.fusion), list(config.tasks), "task")
+        for group, weights in head.fusion_by_group.items():
+            path = f"heads.{name}.fusion_by_group.{group}"
+            yield from unknown_names(path, list(weights), list(config.tasks), "task")
         if not isinstance(head, Retrieval):
             yield from unknown_names(f"heads.{name}.fusion_of", list(head.fusion_of), list(config.tasks), "task")
         yield from _prior_mistakes(name, head)
@@ -223,7 +226,9 @@ def _objective_mistakes(config: Config, path: str, objective: Objective) -> Iter
         yield from unknown_names(f"{path}.winner_weights", list(objective.winner_weights), SPACE_TOKENS, "space")
     if isinstance(objective, AdaptiveContrastive) and objective.head != "pre_ranking":
         yield f"{path}.head", "adaptive weights compare the pre_ranking head's gated item side; no other head has one"
-    if isinstance(objective, Distillation | Imitation):
+    if isinstance(objective, Distillation | Imitation) and objective.teacher == "logged":
+        yield from _logged_mistakes(config, path, objective)
+    elif isinstance(objective, Distillation | Imitation):
         yield from unknown_names(f"{path}.teacher", [objective.teacher], heads, "head")
         if objective.teacher == objective.head:
             yield f"{path}.teacher", "a head cannot teach itself"
@@ -233,6 +238,14 @@ def _objective_mistakes(config: Config, path: str, objective: Objective) -> Iter
         flags = STAGES.get(drawn)
         if flags is not None and not any(stage & flags for stage in sampled):
             yield f"{path}.space", f"{token} holds nothing: data.candidates draws no {drawn}"
+
+
+def _logged_mistakes(config: Config, path: str, objective: Distillation | Imitation) -> Iterator[Mistake]:
+    for task in objective.tasks or config.tasks:
+        if task in config.tasks and not config.tasks[task].score:
+            yield f"tasks.{task}", f"score: missing; expected the column that teaches it ({path}.teacher is logged)"
+    if {*objective.space} <= {"random", "matching_ns"}:
+        yield f"{path}.space", "holds sampled candidates only, which no logged teacher has scored"
 
 
 def main() -> int:

@@ -5,7 +5,7 @@ The point of a funnel is cost: a stage that scores more candidates must be the c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -37,6 +37,18 @@ class Cost:
 def cost_numbers(costs: dict[str, Cost]) -> dict[str, float]:
     """`cost/HEAD/parameters`, `…/request`, `…/item` and `…/candidate`, for the log."""
     return {f"cost/{head}/{name}": float(n) for head, cost in costs.items() for name, n in asdict(cost).items()}
+
+
+def funnel_costs(costs: Mapping[str, Cost], quotas: Mapping[str, int], scored: int) -> dict[str, int]:
+    """The multiply-adds of a request in each stage: its user side, and what is left to do for every candidate.
+
+    Items are cached. `scored`: how many candidates the first head of `quotas` scores.
+    """
+    found = {}
+    for head, quota in quotas.items():
+        found[head] = costs[head].request + scored * costs[head].candidate
+        scored = min(scored, quota)
+    return found
 
 
 @torch.no_grad()

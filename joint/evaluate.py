@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from joint.commands import run_command
+from joint.errors import UserError
 from joint.schema import SPLITS
 from joint.versions import check_versions
 
@@ -19,13 +20,19 @@ def main() -> int:
     parser.add_argument(
         "--choose-fusion", metavar="HEAD", help="try a grid of its tasks' weights, on evaluation.valid by default"
     )
+    parser.add_argument("--by-group", action="store_true", help="with --choose-fusion: and weights for each user group")
     arguments = parser.parse_intermixed_args()
+    if arguments.by_group and not arguments.choose_fusion:
+        raise UserError("--by-group goes with --choose-fusion HEAD")
     check_versions()
     # Imported only now: with a wrong combination of versions this import fails, and less clearly.
-    from joint.measure import choose_fusion, evaluate_run
+    from joint.choosing import choose_fusion
+    from joint.measure import evaluate_run
 
     if arguments.choose_fusion:
-        choose_fusion(arguments.run, arguments.choose_fusion, arguments.split, arguments.overrides)
+        choose_fusion(
+            arguments.run, arguments.choose_fusion, arguments.split, arguments.overrides, by_group=arguments.by_group
+        )
     else:
         evaluate_run(arguments.run, arguments.split, arguments.overrides)
     return 0

@@ -5,9 +5,9 @@ A metric's name is `HEAD/METRIC[/TASK]`, `alignment/…` or `funnel/…`; withou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,26 +17,25 @@ from torchrec.distributed import DistributedModelParallel
 from joint import metrics
 from joint.alignment import logged_order
 from joint.batch import Batch
-from joint.cascade import funnel, top_k, true_favourites, true_rewards
+from joint.channels import list_variety, pool_members, with_fewer_events, with_noise, with_places
 from joint.data.assemble import Assembler, logged, positives
 from joint.data.order import Position
 from joint.data.planted.truth import LIST, open_truth
 from joint.data.pool import NO_POOL, PoolItems
-from joint.data.ragged import Ragged, draw
+from joint.data.ragged import Ragged, offsets_of
 from joint.data.requests import Requests
 from joint.data.sampling import Candidates, unlabelled
 from joint.distributed import gather_objects, rank, world_size
 from joint.experiment import heads_of
-from joint.explore import narrowness, noisy, thinned
-from joint.fusion import fuse, fusion_weights
+from joint.funnel_metrics import Entrants, Wanted, best_columns, funnel_metrics, top_k
+from joint.fusion import fuse, fuse_users
 from joint.logged_metrics import State, logged_metrics
 from joint.metrics import PerRequest
-from joint.outputs import HeadOutput, Outputs
-from joint.pools import members, recall_by_pool, with_reserved
+from joint.outputs import Outputs
+from joint.pools import recall_by_pool
 from joint.ranks import pool_ranks, ranks, request_sums
 from joint.reference import baseline_metrics
-from joint.variety import variety
-from towers.retrieval import RetrievalHead
+from towers.retrieval import Retrieval
 
 Forward = Callable[[Batch], Outputs]
 States = dict[str, list[Any]]  # metric -> its states so far, all of one kind
@@ -51,6 +50,25 @@ class Measured:
 
     numbers: dict[str, float]
     requests: dict[str, np.ndarray]
+
+
+class Chunk(NamedTuple):
+    """Some requests, and what the heads say of their logged candidates."""
+
+    requests: Requests
+    candidates: Candidates
+    batch: Batch
+    outputs: Outputs
+    corpus: Tensor | None  # [C, D] retrieval's vectors of the pool
+
+
+class Block(NamedTuple):
+    """Some requests, and what heads say of every item that is eligible for them."""
+
+    batch: Batch
+    outputs: Outputs
+    relevant: Tensor  # bool [N]
+    wanted: Tensor  # [R] how many positives there are, eligible or not
 
 
 class Evaluator:
@@ -71,25 +89,28 @@ class Evaluator:
     @torch.no_grad()
     def __call__(self, split: str, *, whole_catalogue: bool) -> Measured:
         """Every metric of the split; those of heads that score the whole catalogue cost most, and can be left out."""
+        chunks = self.on_logged(split)
+        return self.collect(split, ((chunk.requests, self._found(chunk, whole_catalogue)) for chunk in chunks))
+
+    def _found(self, chunk: Chunk, whole_catalogue: bool) -> dict[str, State]:
+        requests, candidates, batch, outputs, corpus = chunk
+        groups = batch.group[batch.row]
+        scores = {head: self.fused(head, output.logits, groups) for head, output in outputs.items()}
+        orders = self._orders(requests, candidates)
+        found = logged_metrics(self.config, self.assembler.dataset.schema, batch, outputs, scores, orders)
+        if corpus is not None:
+            found |= self._retrieval(chunk)
+        if whole_catalogue:
+            found |= self._whole_catalogue(requests, candidates)
+        return found
+
+    def collect(self, split: str, found: Iterable[tuple[Requests, Mapping[str, State]]]) -> Measured:
+        """The metrics of all pieces of a split, of all ranks, together; what others would earn on it beside them."""
         states: States = {}
         seen: dict[str, list[np.ndarray]] = {}
-        corpus: Tensor | None = None
-        for requests in self._chunks(split):
-            candidates = logged(requests, self.assembler.dataset)
-            batch, outputs = self._run(requests, candidates, self.heads, with_corpus=corpus is None)
-            scores = {head: self._fused(head, output) for head, output in outputs.items()}
-            orders = self._orders(requests, candidates)
-            found = logged_metrics(self.config, self.assembler.dataset.schema, batch, outputs, scores, orders)
-            if "retrieval" in self.heads:
-                if corpus is None:
-                    pool = outputs["retrieval"].pool
-                    assert pool is not None
-                    corpus = pool.vectors[: len(self.eligibility.corpus)]
-                found |= self._retrieval(requests, candidates, outputs["retrieval"], corpus)
-            if whole_catalogue:
-                found |= self._whole_catalogue(requests, candidates)
+        for requests, more in found:
             if len(requests):  # a rank without any has taken part for the sake of the others
-                self._add(states, found)
+                self._add(states, more)
                 for name in (name for name in KEPT if name in requests.columns):
                     seen.setdefault(name, []).append(requests.scalars(name))
         measured = _measured(states, seen)
@@ -107,6 +128,32 @@ class Evaluator:
             found.numbers.update(baseline_metrics(self.config, self.assembler.dataset, split))
         return found
 
+    @torch.no_grad()
+    def on_logged(self, split: str) -> Iterator[Chunk]:
+        """This rank's requests in pieces, their logged candidates scored by all heads; as many pieces on every rank."""
+        corpus: Tensor | None = None
+        for requests in self._chunks(split):
+            candidates = logged(requests, self.assembler.dataset)
+            batch, outputs = self.run(requests, candidates, self.heads, with_corpus=corpus is None)
+            if "retrieval" in self.heads and corpus is None:
+                corpus = self.corpus_of(outputs)
+            yield Chunk(requests, candidates, batch, outputs, corpus)
+
+    def corpus_of(self, outputs: Outputs) -> Tensor:
+        """Retrieval's vectors of the pool `[C, D]`, from outputs `with_corpus`."""
+        pool = outputs["retrieval"].pool
+        assert pool is not None
+        return pool.vectors[: len(self.eligibility.corpus)]
+
+    @torch.no_grad()
+    def entrants(self, split: str, quota: int) -> Iterator[Entrants]:
+        """What enters funnels in which retrieval keeps up to `quota`, scored by all heads once."""
+        for chunk in self.on_logged(split):
+            free = self.eligibility.mask(chunk.requests)
+            entrants = self.retrieved(chunk, self.corpus_scores(chunk, free), free, quota)
+            if entrants is not None:
+                yield entrants
+
     def _chunks(self, split: str) -> Iterator[Requests]:
         """This rank's requests in pieces; every rank gets as many pieces, the last of them maybe without requests."""
         size = self.config.data.requests_per_batch
@@ -117,7 +164,7 @@ class Evaluator:
                     mine = np.arange(start, min(start + size, len(requests)))[rank() :: world_size()]
                     yield requests.take(mine)
 
-    def _run(
+    def run(
         self, requests: Requests, candidates: Candidates, scoring: Collection[str], *, with_corpus: bool = False
     ) -> tuple[Batch, Outputs]:
         """The outputs of the `scoring` heads on every candidate, and of the pool where it is wanted."""
@@ -141,161 +188,154 @@ class Evaluator:
         """What candidates are worth to the reference's teacher and in truth, where there are such: whose -> `[N]`."""
         found: dict[str, Tensor] = {}
         if self.reference is not None:
-            _, outputs = self.reference._run(requests, candidates, {"ranking"})
-            found["reference"] = self.reference._fused("ranking", outputs["ranking"])
+            batch, outputs = self.reference.run(requests, candidates, {"ranking"})
+            found["reference"] = self.reference.fused("ranking", outputs["ranking"].logits, batch.group[batch.row])
         if len(requests) and self.truth is not None:
             found["truth"] = torch.from_numpy(self.truth.reward(requests, candidates.items)).to(self.device)
         return found
 
-    def _fused(self, head: str, output: HeadOutput) -> Tensor:
-        return fuse(self.heads[head], self.tasks, output.logits)
+    def fused(self, head: str, logits: Tensor, group: Tensor) -> Tensor:
+        """A head's scores `[N]` of its logits `[N, T]` and the user group `[N]` of each."""
+        return fuse(self.heads[head], self.tasks, logits, group)
 
-    def _retrieval(
-        self, requests: Requests, candidates: Candidates, output: HeadOutput, corpus: Tensor
-    ) -> dict[str, State]:
+    def _retrieval(self, chunk: Chunk) -> dict[str, State]:
         """Recall over the whole corpus by one matrix product, and the funnel below what retrieval keeps."""
-        assert output.user is not None
-        free = self.eligibility.mask(requests)
-        eligible = torch.from_numpy(free).to(self.device)
-        # A rank without requests has run one empty one, which counts for nothing.
-        weights = torch.tensor(fusion_weights(self.heads["retrieval"], self.tasks), device=self.device)
-        user = RetrievalHead.fused_vectors(self._explored(requests, candidates, output.user), weights)
-        user = self._noisy(user[: len(requests)], requests)
-        scores = (user @ corpus.T).where(eligible, -torch.inf)
-        row, item = self._relevant(candidates)
-        column = torch.from_numpy(self.eligibility.columns(item)).to(self.device)
-        of = torch.from_numpy(row).to(self.device)
-        place = pool_ranks(scores, of, column, mask=eligible)
-        found: dict[str, State] = {}
-        for k in self.config.evaluation.k:
-            found[f"retrieval/recall@{k}"] = metrics.recall_by_request(place, of, len(requests), k)
-            found[f"retrieval/dcg_per_positive@{k}"] = metrics.dcg_by_request(place, of, len(requests), k)
-        found |= self._variety(scores)
-        pools = self._pools(requests)
-        found |= dict(recall_by_pool(scores, pools, of, column, self.config.evaluation.k))
+        free = self.eligibility.mask(chunk.requests)
+        scores = self.corpus_scores(chunk, free)
+        found: dict[str, State] = dict(self.corpus_recall(chunk, scores, free))
+        found |= list_variety(self.config, self.assembler.dataset, self.eligibility.corpus, scores)
         quotas = self.config.evaluation.quotas
         if "retrieval" in quotas:
-            reserved = {name: pool.quota for name, pool in self.config.evaluation.pools.items()}
-            best = with_reserved(scores, pools, reserved)
-            kept = best.topk(min(quotas["retrieval"], corpus.shape[0]), dim=1).indices.cpu().numpy()
-            found |= self._funnel(requests, candidates, kept, free)
+            entrants = self.retrieved(chunk, scores, free, quotas["retrieval"])
+            found |= funnel_metrics(entrants, quotas) if entrants else {}
         return found
 
-    def _explored(self, requests: Requests, candidates: Candidates, user: Tensor) -> Tensor:
-        """The users' vectors `[R, T, D]` again, of histories with a part left out, where evaluation.explore says so."""
-        explore = self.config.evaluation.explore
-        if explore is None or explore.keep_history == 1:
-            return user
-        histories, share = self.assembler.dataset.schema.histories, explore.keep_history
-        fewer = thinned(requests, histories, self._keys(requests), keep=share, newest=explore.newest)
-        _, outputs = self._run(fewer, candidates, {"retrieval"})
-        again = outputs["retrieval"].user
-        assert again is not None
-        return again
+    def corpus_recall(self, chunk: Chunk, scores: Tensor, free: np.ndarray) -> dict[str, PerRequest]:
+        """`retrieval/recall@K`, `dcg_per_positive@K` and `weighted_recall@K/TASK` of a pool's scores `[R, C]`.
 
-    def _noisy(self, user: Tensor, requests: Requests) -> Tensor:
-        """The users' fused vectors `[R, D]` with noise, where evaluation.explore says so."""
-        explore = self.config.evaluation.explore
-        if explore is None or not explore.noise:
-            return user
-        events = requests.lists(explore.history)
-        values = self.assembler.dataset.catalogue[self.config.evaluation.variety]
-        assert isinstance(values, np.ndarray)
-        narrow = narrowness(events.with_values(values[events.values]))
-        found = noisy(user.float().cpu().numpy(), self._keys(requests), narrow, noise=explore.noise)
-        return torch.from_numpy(found).to(user)
-
-    def _keys(self, requests: Requests) -> np.ndarray:
-        return draw(self.config.run.seed, requests.scalars("request_id"))
-
-    def _variety(self, scores: Tensor) -> dict[str, State]:
-        """How varied the lists of retrieval are, by the feature that evaluation.variety names."""
-        name, found = self.config.evaluation.variety, dict[str, State]()
-        if name:
-            values = self.assembler.dataset.catalogue[name]
-            assert isinstance(values, np.ndarray)
-            own = torch.from_numpy(values[self.eligibility.corpus].astype(np.int64)).to(self.device)
+        `free [R, C]` is eligible.
+        """
+        row, item = self._relevant(chunk.candidates)
+        column = torch.from_numpy(self.eligibility.columns(item)).to(self.device)
+        of = torch.from_numpy(row).to(self.device)
+        eligible, count = torch.from_numpy(free).to(self.device), len(chunk.requests)
+        place = pool_ranks(scores, of, column, mask=eligible)
+        found = dict(recall_by_pool(scores, self._pools(chunk.requests), of, column, self.config.evaluation.k))
+        for k in self.config.evaluation.k:
+            found[f"retrieval/recall@{k}"] = metrics.recall_by_request(place, of, count, k)
+            found[f"retrieval/dcg_per_positive@{k}"] = metrics.dcg_by_request(place, of, count, k)
+        for task, values in self._weights(chunk.candidates).items():
+            weight = torch.from_numpy(values).to(self.device)
+            place = pool_ranks(scores, of, column, mask=eligible, weight=weight)
             for k in self.config.evaluation.k:
-                found |= variety(scores, own, name, k)
+                recall = metrics.recall_by_request(place, of, count, k, weight=weight)
+                found[f"retrieval/weighted_recall@{k}/{task}"] = recall
         return found
+
+    def corpus_scores(self, chunk: Chunk, free: np.ndarray) -> Tensor:
+        """Retrieval's fused scores `[R, C]` of the pool, -inf for what is not `free [R, C]`, eligible."""
+        settings, users = self.heads["retrieval"], chunk.outputs["retrieval"].user
+        dataset = self.assembler.dataset
+        if (fewer := with_fewer_events(self.config, dataset, chunk.requests)) is not None:
+            _, outputs = self.run(fewer, chunk.candidates, {"retrieval"})
+            users = outputs["retrieval"].user
+        assert isinstance(settings, Retrieval)
+        assert users is not None
+        assert chunk.corpus is not None
+        fused = fuse_users(settings, self.tasks, users, chunk.batch.group)
+        fused = fused[: len(chunk.requests)]  # a rank without requests has run one empty one, which counts for nothing
+        fused = with_noise(self.config, dataset, fused, chunk.requests)
+        return (fused @ chunk.corpus.T).where(torch.from_numpy(free).to(self.device), -torch.inf)
+
+    def retrieved(self, chunk: Chunk, scores: Tensor, free: np.ndarray, quota: int) -> Entrants | None:
+        """The `quota` eligible items that retrieval likes best, scored by all heads; None on a rank without requests.
+
+        Fewer where fewer are eligible. Retrieval's own scores are those that retrieved them.
+        """
+        requests, candidates = chunk.requests, chunk.candidates
+        places = with_places(self.config, scores, self._pools(requests))
+        kept = best_columns(places, min(quota, scores.shape[1])).cpu().numpy() & free
+        items = Ragged(self.eligibility.corpus[np.nonzero(kept)[1]], offsets_of(kept.sum(axis=1)))
+        retrieved = unlabelled(items, self.assembler.dataset.schema.labels)
+        batch, outputs = self.run(requests, retrieved, self.heads)
+        found = {head: self.fused(head, output.logits, batch.group[batch.row]) for head, output in outputs.items()}
+        orders = self._others(requests, retrieved) | ({"ranking": found["ranking"]} if "ranking" in found else {})
+        if not len(requests):
+            return None
+        found["retrieval"] = scores[torch.from_numpy(kept).to(self.device)]
+        logits = {head: output.logits for head, output in outputs.items()}
+        wanted = self._wanted(requests, candidates, items, free, found)
+        return Entrants(requests, items, batch.offsets, batch.group, logits, found, orders, wanted)
 
     def _pools(self, requests: Requests) -> dict[str, Tensor]:
-        """Which items of the corpus are in each of the pools that are measured, name -> bool `[R, C]`."""
-        pools, day = self.config.evaluation.pools, requests.scalars("day")
-        found = members(pools, self.assembler.dataset, self.eligibility.corpus, day)
+        found = pool_members(self.config, self.assembler.dataset, self.eligibility.corpus, requests)
         return {name: inside.to(self.device) for name, inside in found.items()}
 
-    def _funnel(
-        self, requests: Requests, candidates: Candidates, kept: np.ndarray, free: np.ndarray
-    ) -> dict[str, State]:
-        """What survives each stage, of all that was relevant; and the students' order of what was retrieved."""
-        kept = np.sort(kept, axis=1)
-        items = Ragged(kept.reshape(-1), np.arange(len(kept) + 1) * kept.shape[1])
-        items = items.keep(free[items.rows, items.values])  # where fewer than the quota are eligible
-        items = items.with_values(self.eligibility.corpus[items.values])
-        retrieved = unlabelled(items, self.assembler.dataset.schema.labels)
-        batch, outputs = self._run(requests, retrieved, self.heads)
-        scores = {head: self._fused(head, output) for head, output in outputs.items()}
-        orders = self._others(requests, retrieved) | ({"ranking": scores["ranking"]} if "ranking" in scores else {})
-        relevant = torch.from_numpy(self._is_relevant(items, candidates)).to(self.device)
-        wanted = np.bincount(self._relevant(candidates)[0], minlength=len(requests))
-        found: dict[str, State] = {}
-        stages = dict(funnel(scores, self.config.evaluation.quotas, batch.offsets))
-        if self.truth is not None and len(requests):
-            lists = {head: top_k(score, batch.offsets, LIST) for head, score in scores.items()}
-            last, alive = list(stages.items())[-1]
-            lists["funnel"] = alive & top_k(scores[last].where(alive, -torch.inf), batch.offsets, LIST)
-            found |= dict(true_rewards(orders["truth"], batch.offsets, lists))
-            everything = np.zeros((len(requests), self.items), bool)
-            everything[:, self.eligibility.corpus] = free
-            found |= dict(true_favourites(self.truth, requests, items, everything, stages))
+    def _wanted(
+        self, requests: Requests, candidates: Candidates, items: Ragged, free: np.ndarray, scores: Mapping[str, Tensor]
+    ) -> dict[str, Wanted]:
+        """What the funnel over `items` should let through: positives, the teacher's ten of them, the ten truly best."""
+        everything = np.zeros((len(requests), self.items), bool)
+        everything[:, self.eligibility.corpus] = free
+        row, item = self._relevant(candidates)
+        weight = self._weights(candidates)
+        found = {"positives": Wanted.among(items, row, item, everything[row, item], weight)}
         if "ranking" in scores:
-            favourite = top_k(scores["ranking"], batch.offsets, LIST)
-            wanted_too = request_sums(favourite, batch.offsets)[: len(requests)]
-            for head, alive in stages.items():
-                kept_too = request_sums(favourite & alive, batch.offsets)[: len(requests)]
-                found[f"funnel/{head}/teacher_favourites"] = PerRequest.of(kept_too, wanted_too)
-        for head, alive in stages.items():
-            quota = self.config.evaluation.quotas[head]
-            left = request_sums(alive & relevant, batch.offsets)[: len(requests)]
-            found[f"funnel/{head}/recall@{quota}"] = PerRequest.of(left, torch.from_numpy(wanted))
-        quota = self.config.evaluation.quotas["retrieval"]
-        for whose, order in orders.items():
-            for head in (head for head in scores if head != whose):
-                distance = metrics.kendall_by_request(scores[head].double(), order.double(), batch.offsets)
-                name = f"alignment/nktd@{quota}/" if whose == "ranking" else f"alignment/{whose}/nktd@{quota}/"
-                found[name + head] = distance
+            place = top_k(scores["ranking"], torch.from_numpy(items.offsets).to(self.device), LIST).cpu().numpy()
+            row, item = items.rows[place], items.values[place]
+            found["teacher_favourites"] = Wanted.among(items, row, item, everything[row, item])
+        if self.truth is not None:
+            best = self.truth.best(requests, LIST, everything)
+            found["true_favourites"] = Wanted.among(items, best.rows, best.values, everything[best.rows, best.values])
         return found
 
     def _whole_catalogue(self, requests: Requests, candidates: Candidates) -> dict[str, State]:
         """Recall of the other heads, each scoring every eligible item for every request."""
+        states: States = {}
+        for block in self.on_catalogue(requests, candidates):
+            for head in self.config.evaluation.whole_catalogue:
+                self._add(states, self.catalogue_recall(head, block))
+        return {name: metrics.merge_all(parts) for name, parts in states.items()}
+
+    def on_catalogue(self, requests: Requests, candidates: Candidates) -> Iterator[Block]:
+        """Requests in small pieces, every eligible item scored by the heads that score the whole catalogue."""
         heads = self.config.evaluation.whole_catalogue
         if not heads:
-            return {}
+            return
         step = max(1, self.config.evaluation.candidates_per_batch // max(1, len(self.eligibility.corpus)))
         share = -(-self.config.data.requests_per_batch // world_size())
-        states: States = {}
         for start in range(0, share, step):
             rows = np.arange(start, min(start + step, len(requests)))
             if world_size() == 1 and not len(rows):
                 break
             chosen, known = requests.take(rows), _take(candidates, rows)
             items = self.eligibility.eligible(chosen)
-            batch, outputs = self._run(chosen, unlabelled(items, self.assembler.dataset.schema.labels), heads)
+            batch, outputs = self.run(chosen, unlabelled(items, self.assembler.dataset.schema.labels), heads)
             relevant = torch.from_numpy(self._is_relevant(items, known)).to(self.device)
             wanted = torch.from_numpy(np.bincount(self._relevant(known)[0], minlength=len(chosen)))
-            for head in heads:
-                scores = self._fused(head, outputs[head])
-                rank = ranks(scores, relevant, batch.offsets)
-                for k in self.config.evaluation.k:
-                    hits = request_sums((rank < k) & relevant, batch.offsets)[: len(chosen)]
-                    self._add(states, {f"{head}/recall@{k}": PerRequest.of(hits, wanted)})
-        return {name: metrics.merge_all(parts) for name, parts in states.items()}
+            yield Block(batch, outputs, relevant, wanted)
+
+    def catalogue_recall(self, head: str, block: Block) -> dict[str, PerRequest]:
+        """`HEAD/recall@K` of the requests of a block."""
+        scores = self.fused(head, block.outputs[head].logits, block.batch.group[block.batch.row])
+        rank = ranks(scores, block.relevant, block.batch.offsets)
+        found = {}
+        for k in self.config.evaluation.k:
+            hits = request_sums((rank < k) & block.relevant, block.batch.offsets)[: len(block.wanted)]
+            found[f"{head}/recall@{k}"] = PerRequest.of(hits, block.wanted)
+        return found
 
     def _relevant(self, candidates: Candidates) -> tuple[np.ndarray, np.ndarray]:
         """(request, item) of every positive of the task that evaluation asks for."""
         positive = positives(candidates, self.config.tasks[self.config.evaluation.task])
         return candidates.items.rows[positive], candidates.items.values[positive].astype(np.int64)
+
+    def _weights(self, candidates: Candidates) -> dict[str, np.ndarray]:
+        """Weighted task -> what each of the `_relevant` weighs: its value, 0 where that is no positive (RRA 5.1.2)."""
+        relevant = positives(candidates, self.config.tasks[self.config.evaluation.task])
+        weighted = {name: task for name, task in self.config.tasks.items() if task.kind == "weighted"}
+        values = {n: np.where(positives(candidates, of), candidates.labels[of.label], 0) for n, of in weighted.items()}
+        return {name: of[relevant] for name, of in values.items()}
 
     def _is_relevant(self, items: Ragged, candidates: Candidates) -> np.ndarray:
         row, target = self._relevant(candidates)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from joint.data.sampling import Quota
-from joint.objectives import Head, Objective
+from joint.objectives import Distillation, Head, Imitation, Objective
 from towers.pre_ranking import PreRanking
 from towers.ranking import Ranking
 from towers.retrieval import Retrieval
@@ -57,6 +57,7 @@ class Data:
     """What is read, and what a batch is made of."""
 
     path: str
+    scores: str = ""  # what joint.predict wrote of this dataset; {dataset} in it stands for the folder name of `path`
     train: tuple[Literal["train", "valid", "test"], ...] = ("train",)
     days: tuple[str, str] | None = None  # the first and the last day to train on (YYYY-MM-DD); None: all there are
     requests_per_batch: int = 256  # global: shared out over the ranks
@@ -79,6 +80,11 @@ class Data:
             if quota != "all" and quota < 0:
                 raise ValueError(f"candidates: {stage} must be 'all' or at least 0, found {quota}")
 
+    @property
+    def predictions(self) -> Path:
+        """The folder that `scores` names."""
+        return Path(self.scores.replace("{dataset}", Path(self.path).name))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -92,6 +98,7 @@ class Task:
     at_least: float = 1.0
     kind: Literal["binary", "ratio", "weighted"] = "binary"
     matures_after: float | None = None  # days until the label is known; None: as the dataset says
+    score: str = ""  # the column of logits that a `teacher: logged` has for this task
 
     def __post_init__(self) -> None:
         _at_least(-math.inf, at_least=self.at_least)
@@ -303,6 +310,17 @@ class Config:
 
 
 HEADS = ("retrieval", "pre_ranking", "ranking")
+
+
+def logged_scores(config: Config) -> tuple[str, ...]:
+    """The score columns that objectives with `teacher: logged` learn from, each once."""
+    taught = {
+        task
+        for objective in config.objectives.values()
+        if isinstance(objective, Distillation | Imitation) and objective.teacher == "logged"
+        for task in objective.tasks or config.tasks
+    }
+    return tuple(dict.fromkeys(task.score for name, task in config.tasks.items() if name in taught))
 
 
 def heads_of(config: Config) -> dict[str, Retrieval | PreRanking | Ranking]:

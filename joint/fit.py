@@ -3,23 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from joint import settings
 from joint.config import Mistake, unknown_names
-from joint.experiment import Config, Encoder, heads_of
+from joint.data.dataset import Dataset
+from joint.data.predictions import Predictions, open_predictions, scored
+from joint.experiment import Config, Data, Encoder, heads_of, logged_scores
 from joint.objectives import ItemViews
-from joint.schema import STAGES, Feature, Schema
+from joint.schema import STAGES, Feature, Schema, read_schema
 from towers.retrieval import Retrieval
 from towers.sequence import SelfAttention, TargetAttention
 
 
-def check_against(config: Config, tree: settings.Tree, schema: Schema) -> None:
+def predictions_of(data: Data) -> Predictions | None:
+    """What `data.scores` names; None where it names nothing. DataError if that is not of this dataset."""
+    return open_predictions(data.predictions, Path(data.path), data.train) if data.scores else None
+
+
+def schema_of(data: Data) -> Schema:
+    """The schema of a config's dataset, with the columns of `data.scores` beside its own."""
+    return scored(read_schema(Path(data.path)), predictions_of(data))
+
+
+def data_hash(data: Data) -> str:
+    """What a config reads: the hash of its dataset, and that of its predictions where it has some."""
+    predictions = predictions_of(data)
+    return read_schema(Path(data.path)).hash + (f"+{predictions.hash}" if predictions else "")
+
+
+def check_against(config: Config, tree: settings.Tree, schema: Schema, *, training: bool = True) -> None:
     """Check names against a dataset: features, id spaces, histories, labels and stages.
+
+    Args:
+        training: also what a finished run does without, the scores of a logged teacher.
 
     Raises:
         ConfigError: one line per mistake, all of them.
     """
-    settings.raise_at(tree, list(_misfits(config, schema)))
+    settings.raise_at(tree, [*_misfits(config, schema), *(_unscored(config, schema) if training else ())])
+
+
+def _unscored(config: Config, schema: Schema) -> Iterator[Mistake]:
+    wanted = logged_scores(config)
+    for name, task in config.tasks.items():
+        if task.score in wanted:
+            yield from unknown_names(f"tasks.{name}.score", [task.score], schema.scores, "score column")
+
+
+def check_groups(config: Config, tree: settings.Tree, dataset: Dataset) -> None:
+    """ConfigError where a head has fusion weights for a user group that no request of the dataset is of."""
+    named = {
+        f"heads.{name}.fusion_by_group.{g}": int(g) for name, h in heads_of(config).items() for g in h.fusion_by_group
+    }
+    if named:
+        last = dataset.largest_group()
+        wrong = [path for path, group in named.items() if group > last]
+        settings.raise_at(tree, [(path, f"the dataset's user groups go from 0 to {last}") for path in wrong])
 
 
 def _misfits(config: Config, schema: Schema) -> Iterator[Mistake]:

@@ -42,7 +42,7 @@ def logged_metrics(
     for head, score in scores.items():
         if head in schema.input_space and head not in config.evaluation.whole_catalogue:
             inside = stage_mask(("exposed", *schema.input_space[head]), batch.stages)
-            found |= dict(_in_space(config, head, score, inside, batch))
+            found |= dict(in_space(config, head, score, inside, batch))
     return found
 
 
@@ -61,8 +61,10 @@ def _on_exposures(config: Config, batch: Batch, outputs: Outputs) -> Iterator[tu
                 yield f"{head}/calibration/{task}", metrics.calibration(logits, labels, mask=mask)
 
 
-def _in_space(config: Config, head: str, scores: Tensor, inside: Tensor, batch: Batch) -> Iterator[tuple[str, State]]:
-    """The positives among the logged candidates that the head has to order (RecFlow's recall, SDCL's precision)."""
+def in_space(
+    config: Config, head: str, scores: Tensor, inside: Tensor, batch: Batch
+) -> Iterator[tuple[str, PerRequest]]:
+    """The positives among the candidates `inside [N]` the head has to order (RecFlow's recall, SDCL's precision)."""
     offsets = torch.cat([inside.new_zeros(1, dtype=torch.long), inside.long().cumsum(0)])[batch.offsets]
     positive = batch.positive[:, list(config.tasks).index(config.evaluation.task)]
     order, lengths = ranks(scores[inside], positive[inside], offsets), offsets.diff()
@@ -72,3 +74,10 @@ def _in_space(config: Config, head: str, scores: Tensor, inside: Tensor, batch: 
         yield f"{head}/precision@{k}", metrics.precision_by_request(rank, row, lengths, k)
         yield f"{head}/ndcg@{k}", metrics.ndcg_by_request(rank, row, len(lengths), k)
         yield f"{head}/dcg_per_positive@{k}", metrics.dcg_by_request(rank, row, len(lengths), k)
+    for index, (task, rule) in enumerate(config.tasks.items()):
+        if rule.kind == "weighted":
+            worth = batch.weight[:, index].where(batch.positive[:, index], 0)[inside]
+            rank = ranks(scores[inside], positive[inside], offsets, worth)[positive[inside]]
+            for k in config.evaluation.k:
+                recall = metrics.recall_by_request(rank, row, len(lengths), k, weight=worth[positive[inside]])
+                yield f"{head}/weighted_recall@{k}/{task}", recall

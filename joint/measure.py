@@ -1,29 +1,26 @@
-"""A finished run, measured again: from its newest checkpoint, on any split, under other weights of its tasks."""
+"""A finished run, measured again: from its newest checkpoint, on any split."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from joint import checkpoint
-from joint.cost import head_costs
 from joint.data.assemble import Assembler
 from joint.data.dataset import Dataset
 from joint.distributed import process_group, rank
-from joint.errors import CheckpointError, ConfigError
+from joint.errors import CheckpointError
 from joint.evaluation import Evaluator, evaluator_of
 from joint.experiment import Config
 from joint.features import Plan
-from joint.fit import check_against
+from joint.fit import check_against, check_groups
 from joint.model import JointModel
 from joint.run import RunDirectory, write_metrics
-from joint.summary import funnel_table, table
+from joint.summary import table
 from joint.task import build_task
 
 
@@ -37,17 +34,21 @@ class Opened(NamedTuple):
 
 
 @contextmanager
-def open_model(path: Path, overrides: Sequence[str]) -> Iterator[Opened]:
+def open_model(path: Path, overrides: Sequence[str], other: Dataset | None = None) -> Iterator[Opened]:
     """A run's newest checkpoint.
+
+    Args:
+        other: a dataset to measure it on; None: its own.
 
     Raises:
         ConfigError: an override is of something that training depends on.
-        CheckpointError: there is no complete checkpoint, or the dataset is another one.
+        CheckpointError: there is no complete checkpoint, or the run's dataset is another one.
     """
     run = RunDirectory(path)
     config, tree = run.load_config(overrides)
     dataset = Dataset(config.data.path)
-    check_against(config, tree, dataset.schema)
+    check_against(config, tree, dataset.schema, training=False)
+    check_groups(config, tree, dataset)
     run.check_dataset(dataset.schema)
     plan = Plan(config, dataset.schema)
     with process_group() as device:
@@ -55,7 +56,7 @@ def open_model(path: Path, overrides: Sequence[str]) -> Iterator[Opened]:
         progress = checkpoint.load_latest(run.checkpoints, model)
         if not progress.step:
             raise CheckpointError(f"{run.checkpoints}: no complete checkpoint in it; train the run first")
-        evaluator = evaluator_of(model, Assembler(plan, dataset), device)
+        evaluator = evaluator_of(model, Assembler(plan, other or dataset), device)
         evaluator.reference = reference_of(config, dataset, device)
         yield Opened(run, evaluator, model.module.dense.model, progress.step)
 
@@ -94,58 +95,3 @@ def evaluate_run(path: Path, split: str | None, overrides: Sequence[str] = ()) -
                 write_metrics(run, found.numbers, found.requests)
             seen = " (which it was trained on)" if split in config.data.train else ""
             print(f"{run.path}, step {step}, on {split}{seen}:\n{table(config, found.numbers)}")
-
-
-def show_funnel(path: Path, split: str | None, overrides: Sequence[str] = ()) -> None:
-    """Print what survives each stage of a run's funnel, what the served ten are worth, and what a request costs.
-
-    Raises:
-        ConfigError: the config has no quotas, and so no funnel.
-    """
-    with open_model(path, overrides) as (run, evaluator, model, step):
-        config, split = evaluator.config, split or evaluator.config.evaluation.test
-        if not config.evaluation.quotas:
-            raise ConfigError(f"{run.path}: evaluation.quotas names no stage, so there is no funnel")
-        found = evaluator(split, whole_catalogue=False).numbers
-        costs = head_costs(model)
-        if rank() == 0:
-            print(f"{run.path}, step {step}, on {split}:")
-            print(funnel_table(config, found, costs, corpus=len(evaluator.eligibility.corpus)))
-
-
-def choose_fusion(path: Path, head: str, split: str | None, overrides: Sequence[str] = ()) -> None:
-    """Measure a head under a grid of its tasks' weights, and print what each gives, the best last (RRA's w_serve).
-
-    Judged by the head's recall at the smallest k, over the catalogue or in its input space; or else in the funnel.
-
-    Raises:
-        ConfigError: there is no such head, or one task only, or no recall is measured of it.
-    """
-    with open_model(path, overrides) as (_, evaluator, *_):
-        config = evaluator.config
-        if head not in evaluator.heads or len(config.tasks) < 2:
-            raise ConfigError(f"--choose-fusion {head}: expected a head of {', '.join(evaluator.heads)}, and two tasks")
-        tried, part = [], split or config.evaluation.valid
-        for weights in fusion_grid(len(config.tasks)):
-            fusion = dict(zip(config.tasks, weights, strict=True))
-            evaluator.heads[head] = replace(evaluator.heads[head], fusion=fusion)
-            found = evaluator(part, whole_catalogue=head != "retrieval").numbers
-            quota = config.evaluation.quotas.get(head)
-            goals = (f"{head}/recall@{min(config.evaluation.k)}", f"funnel/{head}/recall@{quota}")
-            goal = next((name for name in goals if name in found), None)
-            if goal is None:
-                raise ConfigError(f"--choose-fusion {head}: name it in evaluation.whole_catalogue or evaluation.quotas")
-            tried.append((found[goal], goal, fusion))
-        if rank() == 0:
-            if part in config.data.train:
-                print(f"on {part}, which the run was trained on: choose with a run that was not")
-            for value, name, fusion in sorted(tried, key=lambda trial: trial[0]):
-                said = ", ".join(f"{task}: {weight:g}" for task, weight in fusion.items())
-                print(f"{name} {value:.4f}  heads.{head}.fusion={{{said}}}")
-
-
-def fusion_grid(tasks: int) -> list[tuple[float, ...]]:
-    """Weights that sum to 1, in tenths for two tasks and in quarters for more."""
-    steps = 10 if tasks == 2 else 4
-    whole = [parts for parts in itertools.product(range(steps + 1), repeat=tasks) if sum(parts) == steps]
-    return [tuple(part / steps for part in parts) for parts in whole]

@@ -22,6 +22,7 @@ from losses import LossTerm
 from losses.term import check_positive
 
 Head = Literal["retrieval", "pre_ranking", "ranking"]
+Teacher = Head | Literal["logged"]  # logged: the score columns that the tasks name
 # FS-LTR's priorities (RecFlow 3.1.2): 0, 1, … by how far a candidate got; positive feedback comes after the last.
 PRIORITY = (
     Stage.RANDOM,
@@ -74,7 +75,7 @@ class Distillation(_Common):
     """Cross-entropy against the teacher's probabilities (RRA 5-6, SDCL 5)."""
 
     loss: Literal["distillation"] = "distillation"
-    teacher: Head = "ranking"
+    teacher: Teacher = "ranking"
     temperature: float = 1.0
     shuffle: bool = False  # a placebo: the teacher's logits dealt anew among the request's candidates of the space
 
@@ -146,7 +147,7 @@ class Imitation(_Common):
     """The space's candidates in the teacher's order: by its softmax, its order, or its odds for each pair."""
 
     loss: Literal["list_net", "list_mle", "soft_pairwise"]
-    teacher: Head = "ranking"
+    teacher: Teacher = "ranking"
     shuffle: bool = False  # as of distillation
 
 
@@ -204,7 +205,9 @@ def spaces_of(objective: Objective) -> dict[str, tuple[str, ...]]:
     spaces = objective.space
     if isinstance(objective, AdaptiveContrastive | Pairwise):
         spaces += objective.winners
-    heads = [objective.head, *([objective.teacher] if isinstance(objective, Distillation | Imitation) else [])]
+    heads: list[str] = [objective.head]
+    if isinstance(objective, Distillation | Imitation) and objective.teacher != "logged":
+        heads.append(objective.teacher)
     return dict.fromkeys(heads, spaces)
 
 
@@ -271,14 +274,13 @@ def compute(objective: Objective, outputs: Outputs, batch: Batch, task_names: Se
             y, w = batch.labels[:, tasks], batch.weight[:, tasks]
             return losses.binary(head.corrected[:, tasks], y, positive_weight=w, mask=mask)
         case Distillation():
-            teacher = outputs[objective.teacher]
-            mask = space_mask(objective.space, batch, tasks) & (head.computed & teacher.computed)[:, None]
-            target = _teacher_logits(objective, head, teacher, batch)[:, tasks]
+            target, known = _teacher(objective, outputs, batch, tasks)
+            mask = space_mask(objective.space, batch, tasks) & head.computed[:, None] & known
             return losses.distillation(head.logits[:, tasks], target, temperature=objective.temperature, mask=mask)
         case Pairwise():
             return _pairwise(objective, head, batch, tasks)
         case Imitation():
-            return _imitation(objective, head, outputs[objective.teacher], batch, tasks)
+            return _imitation(objective, outputs, batch, tasks)
         case AdaptiveContrastive():
             return losses.adaptive_contrastive(
                 *contrastive_arguments(objective, outputs, batch, task_names),
@@ -324,19 +326,31 @@ def _pairwise(objective: Pairwise, head: HeadOutput, batch: Batch, tasks: Tensor
     )
 
 
-def _imitation(objective: Imitation, head: HeadOutput, teacher: HeadOutput, batch: Batch, tasks: Tensor) -> LossTerm:
-    inside = stage_mask(objective.space, batch.stages) & head.computed & teacher.computed
+def _imitation(objective: Imitation, outputs: Outputs, batch: Batch, tasks: Tensor) -> LossTerm:
+    head = outputs[objective.head]
+    target, known = _teacher(objective, outputs, batch, tasks)
+    inside = stage_mask(objective.space, batch.stages) & head.computed & known.all(1)
     offsets = torch.nn.functional.pad(inside.cumsum(0), (1, 0))[batch.offsets]
     loss = {"list_net": losses.list_net, "list_mle": losses.list_mle, "soft_pairwise": losses.soft_pairwise}
-    target = _teacher_logits(objective, head, teacher, batch)[inside]
-    return loss[objective.loss](head.logits[inside][:, tasks], target[:, tasks], offsets)
+    return loss[objective.loss](head.logits[inside][:, tasks], target[inside], offsets)
 
 
-def _teacher_logits(objective: Distillation | Imitation, head: HeadOutput, teacher: HeadOutput, batch: Batch) -> Tensor:
-    if not objective.shuffle:
-        return teacher.logits
-    inside = stage_mask(objective.space, batch.stages) & head.computed & teacher.computed
-    return teacher.logits[_dealt(inside, batch)]
+def _teacher(
+    objective: Distillation | Imitation, outputs: Outputs, batch: Batch, tasks: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The teacher's logits and where it has some, both `[N, T']`."""
+    if objective.teacher == "logged":
+        logits = batch.scores[:, tasks]
+        known = ~logits.isnan()
+        logits = logits.nan_to_num()  # 0 where masked: a NaN there would still reach the gradient
+    else:
+        teacher = outputs[objective.teacher]
+        logits = teacher.logits[:, tasks]
+        known = teacher.computed[:, None].expand_as(logits)
+    if objective.shuffle:
+        inside = stage_mask(objective.space, batch.stages) & outputs[objective.head].computed & known.all(1)
+        logits = logits[_dealt(inside, batch)]
+    return logits, known
 
 
 def _dealt(member: Tensor, batch: Batch) -> Tensor:

@@ -114,11 +114,12 @@ def corpus_ranks(
     return rank.where(eligible, NEVER)[inverse]
 
 
-def pool_ranks(scores: Tensor, row: Tensor, column: Tensor, *, mask: Tensor) -> Tensor:
+def pool_ranks(scores: Tensor, row: Tensor, column: Tensor, *, mask: Tensor, weight: Tensor | None = None) -> Tensor:
     """`corpus_ranks` where a column of -1 is an item outside the pool, which is never found."""
     inside = column >= 0
     found = torch.full_like(column, NEVER)
-    found[inside] = corpus_ranks(scores, row[inside], column[inside], mask=mask)
+    own = None if weight is None else weight[inside]
+    found[inside] = corpus_ranks(scores, row[inside], column[inside], mask=mask, weight=own)
     return found
 
 

@@ -114,14 +114,15 @@ class RunDirectory:
         return load_config(self.config, overrides)
 
 
-def open_run(config: Config, schema: Schema, *, continues: Path | None = None) -> RunDirectory:
+def open_run(config: Config, schema: Schema, scores: str = "", *, continues: Path | None = None) -> RunDirectory:
     """The directory of a config's run; nothing is written.
 
     Args:
+        scores: hash of the predictions that it learns from.
         continues: the run that this one is to go on from, if any.
 
     Raises:
-        CheckpointError: it holds checkpoints of another config, from another dataset, or of another start.
+        CheckpointError: it holds checkpoints of another config, of another start, or from other data or predictions.
     """
     run = RunDirectory(Path(config.run.dir) / config.run.name)
     if run.begun:
@@ -131,18 +132,24 @@ def open_run(config: Config, schema: Schema, *, continues: Path | None = None) -
             found = "; ".join(differing[:MOST_SAID]) + ("; …" if len(differing) > MOST_SAID else "")
             raise CheckpointError(f"{run.path}: made by another config; choose another run.name. Differing: {found}")
         run.check_dataset(schema)
-        if continues and not run.read_environment().get("continues"):
+        environment = run.read_environment()
+        if (found := environment.get("scores", "")) != scores:
+            raise CheckpointError(f"{run.path}: begun with scores of hash {found!r}; data.scores now has {scores!r}")
+        if continues and not environment.get("continues"):
             raise CheckpointError(f"{run.path}: was begun without --continue; choose another run.name")
     return run
 
 
-def make_run(run: RunDirectory, config: Config, schema: Schema, *, continues: Path | None = None) -> None:
+def make_run(
+    run: RunDirectory, config: Config, schema: Schema, scores: str = "", *, continues: Path | None = None
+) -> None:
     """Write the run's config and environment, unless it is being resumed; CheckpointError where that cannot be."""
     if run.begun:
         return
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        write_whole(run.environment, json.dumps(_environment(config, schema, continues), indent=1))
+        environment = _environment(config, schema, continues) | {"scores": scores}
+        write_whole(run.environment, json.dumps(environment, indent=1))
         write_whole(run.config, settings.dump(config))
     except OSError as error:
         raise CheckpointError(f"{run.path}: cannot be made ({error.strerror})") from error

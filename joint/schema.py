@@ -107,6 +107,7 @@ class Schema:
     input_space: dict[str, tuple[str, ...]]  # head -> logged stages that enter it
     pools: tuple[str, ...] = ()  # named parts of the catalogue, each with the day on which an item joins it
     orders: tuple[str, ...] = ()  # list<int16> columns: a candidate's place in a logged order, -1 outside of it
+    scores: tuple[str, ...] = ()  # list<float32> columns: a candidate's logit by another model, null where it has none
     matures_after: dict[str, float] = field(default_factory=dict)  # label -> days until it is known
     parts: tuple[Part, ...] = ()
     provenance: dict[str, object] = field(default_factory=dict)
@@ -182,6 +183,7 @@ def _from_json(raw: dict[str, Any]) -> Schema:
             "stages": tuple(raw["stages"]),
             "pools": tuple(raw["pools"]),
             "orders": tuple(raw["orders"]),
+            "scores": tuple(raw.get("scores", ())),
             "input_space": {k: tuple(v) for k, v in raw["input_space"].items()},
         }
     )

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 from torchrec.distributed import DistributedModelParallel
 
 from joint.checkpoint import Progress
-from joint.cost import Cost
+from joint.cost import Cost, funnel_costs
 from joint.data.dataset import Dataset
 from joint.data.planted.truth import LIST
 from joint.distributed import world_size
 from joint.experiment import Config, heads_of
 from joint.features import Plan
+
+WIDTH = 120  # columns of a terminal
 
 
 def opening(
@@ -39,7 +42,7 @@ def opening(
             f"{config.data.epochs} epochs, {total} steps of {config.data.requests_per_batch} on {world_size()} rank(s)",
             f"heads {', '.join(heads_of(config))}; {len(plan.tables)} tables of {rows:,} rows "
             f"({table_bytes / 2**20:.1f} MiB), {dense:,} dense parameters; {begin}",
-            *_aligned(_cost_cells(costs)),
+            *aligned(_cost_cells(costs)),
             *(f"no objective trains the {head} head" for head in heads_of(config) if head not in trained),
         ]
     )
@@ -59,7 +62,7 @@ def highlights(config: Config, found: Mapping[str, float]) -> str:
     first = min(config.evaluation.k)
     names = [f"{head}/recall@{first}" for head in heads_of(config)]
     names += [f"{head}/auc/{task}" for head in heads_of(config)]
-    names += ["alignment/reverse_rate/fused", *(name for name in found if name.startswith("funnel/"))]
+    names += ["alignment/reverse_rate/fused", *(name for name in found if re.match("funnel/(?!lost/)", name))]
     return "  ".join(f"{name} {found[name]:.4f}" for name in names if name in found)
 
 
@@ -86,7 +89,7 @@ def table(config: Config, found: Mapping[str, float]) -> str:
     known = [i for i in range(len(columns)) if any(not math.isnan(values[i]) for values in cells.values())]
     lines = [["", *(columns[i] for i in known)]]
     lines += [[row.removeprefix("baselines/"), *(_cell(values[i]) for i in known)] for row, values in cells.items()]
-    return "\n".join([*_aligned(lines), *_funnel_lines(config, found)])
+    return "\n".join([*folded(lines), *_funnel_lines(config, found)])
 
 
 def funnel_table(config: Config, found: Mapping[str, float], costs: Mapping[str, Cost], *, corpus: int) -> str:
@@ -96,12 +99,11 @@ def funnel_table(config: Config, found: Mapping[str, float], costs: Mapping[str,
     """
     columns = ["positives", "teacher_favourites", "true_favourites", f"true_reward@{LIST}"]
     lines = [["", "scores", "keeps", "multiply-adds", *columns]]
-    scored = corpus
+    scored, prices = corpus, funnel_costs(costs, config.evaluation.quotas, corpus)
     for head, quota in config.evaluation.quotas.items():
-        price = costs[head].request + scored * costs[head].candidate
         names = [f"funnel/{head}/recall@{quota}", *(f"funnel/{head}/{name}" for name in columns[1:3])]
         cells = [_cell(found.get(name, math.nan)) for name in [*names, f"{head}/{columns[3]}"]]
-        lines.append([head, f"{scored:,}", f"{quota:,}", f"{price:,}", *cells])
+        lines.append([head, f"{scored:,}", f"{quota:,}", f"{prices[head]:,}", *cells])
         scored = quota
     blank = ["", "", "", "-", "-", "-"]
     whose = ["funnel", *(name for name in found if name.startswith("baselines/") and name.endswith(columns[3]))]
@@ -109,7 +111,7 @@ def funnel_table(config: Config, found: Mapping[str, float], costs: Mapping[str,
         value = found.get(f"funnel/{columns[3]}" if name == "funnel" else name, math.nan)
         lines.append([name.removeprefix("baselines/").partition("/")[0], *blank, _cell(value)])
     known = [i for i in range(len(lines[0])) if i < 4 or any(line[i] != "-" for line in lines[1:])]
-    return "\n".join(_aligned([[line[i] for i in known] for line in lines]))
+    return "\n".join(aligned([[line[i] for i in known] for line in lines]))
 
 
 def _funnel_lines(config: Config, found: Mapping[str, float]) -> list[str]:
@@ -124,7 +126,24 @@ def _cell(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.4f}"
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
+def folded(rows: list[list[str]]) -> list[str]:
+    """A table as lines of at most WIDTH: one that is wider goes on below, without the rows that have nothing there."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    blocks: list[list[int]] = [[]]
+    for column in range(1, len(widths)):
+        if blocks[-1] and widths[0] + sum(2 + widths[i] for i in (*blocks[-1], column)) > WIDTH:
+            blocks.append([])
+        blocks[-1].append(column)
+    lines: list[str] = []
+    for block in blocks:
+        own = [[row[0], *(row[i] for i in block)] for row in rows]
+        some = [row for row in own[1:] if {*row[1:]} != {"-"}] if lines else own[1:]
+        lines += [*([""] if lines else []), *aligned([own[0], *some])]
+    return lines
+
+
+def aligned(rows: list[list[str]]) -> list[str]:
+    """The lines of a table, its heading underlined: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))

@@ -45,7 +45,8 @@ def train(config: Config, dataset: Dataset, *, continues: Path | None = None) ->
     A run without a checkpoint of its own starts from that of the run `continues`, if one is given.
     """
     with process_group() as device, stop_flag() as stopped:
-        run = open_run(config, dataset.schema, continues=continues)
+        scores = dataset.predictions.hash if dataset.predictions else ""
+        run = open_run(config, dataset.schema, scores, continues=continues)
         before = open_before(continues, config, dataset.schema) if continues and not run.begun else None
         plan = Plan(config, dataset.schema)
         assembler = Assembler(plan, dataset)
@@ -57,7 +58,7 @@ def train(config: Config, dataset: Dataset, *, continues: Path | None = None) ->
         loader = Loader(assembler, rank=rank(), world_size=world_size())
         total = progress.step + loader.batches_left(progress.position)
         if rank() == 0:  # only now that everything could be built
-            make_run(run, config, dataset.schema, continues=continues)
+            make_run(run, config, dataset.schema, scores, continues=continues)
         reporter = Reporter(run, total_steps=total, resumed_from=progress.step)
         costs = head_costs(model.module.dense.model)
         if config.train.fast_lookup and (trouble := use_fast_lookup(model)):

@@ -40,10 +40,16 @@ def check_choice(name: str, value: str, *choices: str) -> None:
         raise ValueError(f"{name} must be {' or '.join(choices)}, got {value!r}")
 
 
-def check_fusion(weights: Mapping[str, float]) -> None:
-    """Raise ValueError for a task's weight that is not a finite number, and where all are 0."""
-    for task, weight in weights.items():
-        if not math.isfinite(weight):
-            raise ValueError(f"fusion weight of {task} must be finite, got {weight}")
-    if weights and not any(weights.values()):
-        raise ValueError("fusion weighs every task 0; nothing would order the candidates")
+def check_fusion(fusion: Mapping[str, float], by_group: Mapping[str, Mapping[str, float]]) -> None:
+    """Raise ValueError for a task's weight that is not a finite number, where all are 0, and for what is no group."""
+    for weights in (fusion, *by_group.values()):
+        for task, weight in weights.items():
+            if not math.isfinite(weight):
+                raise ValueError(f"fusion weight of {task} must be finite, got {weight}")
+        if weights and not any(weights.values()):
+            raise ValueError("fusion weighs every task 0; nothing would order the candidates")
+    for group, weights in by_group.items():
+        if not group.isdecimal() or str(int(group)) != group:
+            raise ValueError(f"fusion_by_group: expected the number of a user group, found {group!r}")
+        if not weights:
+            raise ValueError(f"fusion_by_group: group {group} names no task; leave it out to have it use fusion")

@@ -25,7 +25,7 @@ class PreRanking:
     `vector_product`: a gate, an interaction and a trunk on each side, a vector per task and side, their product is
     the logit: both sides can be cached. `interaction`: the same sides, and a small network per task across their
     vectors (`cross_hidden`; COLD: Wang et al., 2020). `mlp`: one gate and one trunk over the concatenation (SDCL to
-    the letter). `fusion` and `fusion_of` are as in the ranking head.
+    the letter). `fusion`, `fusion_by_group` and `fusion_of` are as in the ranking head.
     """
 
     features: tuple[str, ...]
@@ -36,13 +36,14 @@ class PreRanking:
     dim: int = 32  # of the sides' vectors
     cross_hidden: tuple[int, ...] = (32,)
     fusion: dict[str, float] = field(default_factory=dict)
+    fusion_by_group: dict[str, dict[str, float]] = field(default_factory=dict)  # user group -> its own fusion
     fusion_of: dict[str, FusionOf] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, "vector_product", "interaction", "mlp")
         check_counts(dim=self.dim)
         check_widths(cross_hidden=self.cross_hidden)
-        check_fusion(self.fusion)
+        check_fusion(self.fusion, self.fusion_by_group)
 
 
 def _tower(config: PreRanking, *, fields: Fields, out_dim: int, tasks: int, seed: int) -> Tower:

@@ -23,6 +23,7 @@ class Ranking:
     `gate` weighs the whole input, `interaction` is between all its fields, `task_gate` weighs the outputs of
     `task_hidden` (PPNet, LHUC). `fusion` weighs the tasks in the served score (none named: all 1), of the logit or of
     what `fusion_of` names: the sigmoid, or the odds (`exp`), which for a weighted task are its expected value.
+    A user group that `fusion_by_group` names has weights of its own instead.
     `residual` corrects the logits of special users where the head is measured and served; who learns from the head
     (`distillation`, …) learns from it as it is for all.
     """
@@ -34,6 +35,7 @@ class Ranking:
     task_hidden: tuple[int, ...] = ()
     task_gate: Gate | None = None
     fusion: dict[str, float] = field(default_factory=dict)
+    fusion_by_group: dict[str, dict[str, float]] = field(default_factory=dict)  # user group -> its own fusion
     fusion_of: dict[str, FusionOf] = field(default_factory=dict)
     residual: Residual | None = None
 
@@ -43,7 +45,7 @@ class Ranking:
             raise ValueError("task_gate weighs the hidden layers of task_hidden, which has none")
         if self.task_gate and self.task_gate.adds:
             raise ValueError("task_gate adds: only a gate on the input has this placebo")
-        check_fusion(self.fusion)
+        check_fusion(self.fusion, self.fusion_by_group)
 
 
 class RankingHead(nn.Module):

@@ -25,9 +25,9 @@ class Retrieval:
     The user tower may begin with a `gate` and an `interaction` and end in layers of each task (`task_hidden`, RRA
     4.2.4). `trunk` null: no towers; the user's columns are the vector of every task and the item's columns that of the
     item, both `dim` wide (SASRec: the newest state and the item's own row). `fusion` weighs the tasks' logits in the
-    served score, which is one vector a user (RRA Eq 8); none named: all 1. `bias` learns a number per task that is
-    added to the logits in training only, so that one similarity can serve a softmax, which it leaves alone, and a
-    binary loss.
+    served score, which is one vector a user (RRA Eq 8); none named: all 1; a user group that `fusion_by_group` names
+    has weights of its own. `bias` learns a number per task that is added to the logits in training only, so that one
+    similarity can serve a softmax, which it leaves alone, and a binary loss.
     """
 
     features: tuple[str, ...]
@@ -41,13 +41,14 @@ class Retrieval:
     temperature: float = 1.0
     bias: bool = False
     fusion: dict[str, float] = field(default_factory=dict)
+    fusion_by_group: dict[str, dict[str, float]] = field(default_factory=dict)  # user group -> its own fusion
 
     def __post_init__(self) -> None:
         check_widths(least=0, task_hidden=self.task_hidden, item_hidden=self.item_hidden)
         check_counts(dim=self.dim)
         check_choice("similarity", self.similarity, "dot", "cosine")
         check_positive(temperature=self.temperature)
-        check_fusion(self.fusion)
+        check_fusion(self.fusion, self.fusion_by_group)
         layers = (self.gate, self.interaction, self.task_hidden, self.item_hidden)
         if self.trunk is None and any(layers):
             raise ValueError("trunk null leaves no towers for gate, interaction, task_hidden or item_hidden")

@@ -14,7 +14,7 @@ from joint.comparison.tuning import TRIAL_SEED, Tune, applied, reach
 from joint.config import mistakes
 from joint.errors import ConfigError, UserError
 from joint.experiment import Config, Run
-from joint.fit import check_against
+from joint.fit import check_against, schema_of
 from joint.schema import read_schema
 from joint.settings import Tree
 
@@ -165,7 +165,7 @@ def _resolve(base: Tree, overlay: Tree, datasets: Collection[str]) -> Config:
     config = settings.decode(tree, Config)
     settings.raise_at(tree, list(mistakes(config)))
     for path in datasets or [config.data.path]:
-        check_against(config, tree, read_schema(Path(path)))
+        check_against(config, tree, schema_of(replace(config.data, path=path)))
     return config
 
 
@@ -229,4 +229,4 @@ def _check_tuning(plan: Plan, tree: Tree) -> None:
     for config in _each(plan.configs, lambda name: [planned.config for planned in plan.trials(name)]).values():
         for trial in config:
             settings.raise_at(tree, list(mistakes(trial)))
-            check_against(trial, tree, read_schema(Path(trial.data.path)))
+            check_against(trial, tree, schema_of(trial.data))

@@ -24,8 +24,8 @@ from joint.comparison.ablation import Planned
 from joint.errors import UserError
 from joint.experiment import Config, Run
 from joint.files import write_whole
+from joint.fit import data_hash
 from joint.run import RunDirectory
-from joint.schema import read_schema
 
 PACKAGES = ("joint", "losses", "towers")
 
@@ -87,7 +87,7 @@ def differs(run: RunDirectory, config: Config, code: str) -> str:
     notes = read_json(notes_file(run))
     if not notes:
         return "it was not made by joint.compare"
-    if notes.get("dataset") != read_schema(Path(config.data.path)).hash:
+    if notes.get("dataset") != data_hash(config.data):
         return "it is of another dataset"
     if notes.get("code") != code:
         return f"it is of code version {notes.get('code')}, now {code}"
@@ -108,8 +108,8 @@ def open_folder(planned: Planned, code: str) -> RunDirectory:
     run = run_of(planned)
     run.path.mkdir(parents=True, exist_ok=True)
     write_whole(run.config, settings.dump(planned.config))
-    dataset = read_schema(Path(planned.config.data.path)).hash
     before = {"seconds": 0.0} | read_json(notes_file(run))
+    dataset = data_hash(planned.config.data)
     note(run, **(before | {"variant": planned.variant, "code": code, "dataset": dataset, "failed": ""}))
     return run
 

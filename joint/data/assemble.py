@@ -97,6 +97,7 @@ class Assembler:
             weight=weight,
             weighted=torch.tensor([task.kind == "weighted" for task in self.plan.config.tasks.values()]),
             positive=positive,
+            scores=_scores(candidates, self.plan.config.tasks),
             observed=observed,
             request_id=torch.from_numpy(requests.scalars("request_id").copy()),
             group=torch.from_numpy(requests.scalars("group").astype(np.int64)),
@@ -144,8 +145,9 @@ class Assembler:
 
 
 def logged(requests: Requests, dataset: Dataset) -> Candidates:
-    """The candidates as logged."""
-    labels = {name: requests.lists(name).values for name in dataset.schema.labels}
+    """The candidates as logged; logged scores, where they were read, are with the labels."""
+    read = [name for name in dataset.schema.scores if name in requests.columns]
+    labels = {name: requests.lists(name).values for name in (*dataset.schema.labels, *read)}
     return Candidates(requests.lists("candidates"), requests.lists("stages").values, labels)
 
 
@@ -168,6 +170,15 @@ def positives(candidates: Candidates, task: Task) -> np.ndarray:
     exposed = (candidates.stages & Stage.EXPOSED) != 0
     with np.errstate(invalid="ignore"):  # not observed is NaN, which is no positive
         return exposed & (candidates.labels[task.label] >= task.at_least)
+
+
+def _scores(candidates: Candidates, tasks: Mapping[str, Task]) -> Tensor:
+    """The logged teacher's logits `[N, T]`, NaN where it has none or they were not read."""
+    scores = np.full((len(candidates.stages), len(tasks)), np.nan, np.float32)
+    for index, task in enumerate(tasks.values()):
+        if task.score in candidates.labels:
+            scores[:, index] = candidates.labels[task.score]
+    return torch.from_numpy(scores)
 
 
 def _labels(

@@ -14,6 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from joint.data.predictions import Predictions, scored
 from joint.data.ragged import Ragged, offsets_of
 from joint.data.requests import Column, Requests, concatenate_requests, from_arrow, to_arrow
 from joint.errors import DataError, first_line
@@ -27,16 +28,27 @@ T = TypeVar("T")
 class Dataset:
     """A prepared dataset, opened for reading. Everything that can be wrong with its files is said here.
 
+    Args:
+        predictions: scores of its candidates, which become columns beside its own.
+
     Raises:
         DataError: a file is missing, truncated, of another length than `dataset.json` says, or lacks a column.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, *, predictions: Predictions | None = None) -> None:
         self.directory = Path(directory)
-        self.schema = read_schema(self.directory)
+        self.predictions = predictions
+        self.schema = scored(read_schema(self.directory), predictions)
         self.catalogue, self.first_day = self._read_catalogue()
         for part in self.schema.parts:
             self._check_part(part)
+
+    def largest_group(self) -> int:
+        """The highest user group of any request, from the files' footers alone."""
+        footers = (pq.read_metadata(self.directory / part.path) for part in self.schema.parts)
+        blocks = (footer.row_group(index) for footer in footers for index in range(footer.num_row_groups))
+        columns = (block.column(i) for block in blocks for i in range(block.num_columns))
+        return max(int(c.statistics.max) for c in columns if c.path_in_schema == "group" and c.statistics is not None)
 
     def columns(self) -> tuple[str, ...]:
         """The columns that training reads."""
@@ -48,9 +60,13 @@ class Dataset:
         return (*REQUEST_COLUMNS, *names, *histories, *events, *competitors, *CANDIDATE_COLUMNS, *schema.labels)
 
     def further_columns(self) -> tuple[str, ...]:
-        """The columns that only an audit or a report reads."""
+        """The columns of its files that only an audit, a report or a `teacher: logged` reads."""
         times = [f"{history.name}.timestamp" for history in self.schema.histories if history.timed]
-        return (*times, *self.schema.orders)
+        return (*times, *self.schema.orders, *(name for name in self.schema.scores if name not in self._predicted))
+
+    @property
+    def _predicted(self) -> tuple[str, ...]:
+        return self.predictions.columns if self.predictions else ()
 
     def parts(self, splits: Sequence[str]) -> dict[str, list[Part]]:
         """Day -> its request files of these splits; days in time order."""
@@ -63,15 +79,20 @@ class Dataset:
     def read(self, part: Part, groups: Sequence[int] | None = None, *, further: Sequence[str] = ()) -> Requests:
         """Row groups of a request file (None: all of them), with the number of the day as one more column, `day`.
 
-        `further` names columns beyond those of training: some of `further_columns`.
+        `further` names columns beyond those of all training: some of `further_columns`, or predicted ones.
         """
         path = self.directory / part.path
         groups = range(len(part.groups)) if groups is None else groups
+        own = [name for name in further if name not in self._predicted]
         try:
-            table = pq.ParquetFile(path).read_row_groups(list(groups), columns=[*self.columns(), *further])
+            table = pq.ParquetFile(path).read_row_groups(list(groups), columns=[*self.columns(), *own])
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path}: row groups {list(groups)} cannot be read ({first_line(error)})") from error
         requests = from_arrow(table)
+        if predicted := [name for name in further if name in self._predicted]:
+            assert self.predictions is not None
+            scores = self.predictions.read(part, groups, predicted, requests.scalars("request_id"))
+            requests = Requests({**requests.columns, **scores})
         self._check_lists(path, requests)
         day = np.full(len(requests), day_number(part.day), np.int32)
         return Requests({**requests.columns, "day": day})
@@ -81,8 +102,12 @@ class Dataset:
         schema = self.schema
         _check_items(path, "candidates", requests.lists("candidates").values, schema.items)
         candidates = requests.lists("candidates").lengths
-        for name in ("stages", *schema.labels):
+        scores = [name for name in schema.scores if name in requests.columns]
+        for name in ("stages", *schema.labels, *scores):
             _check_lengths(path, name, requests.lists(name).lengths, candidates, "candidates")
+        for name in scores:
+            if np.isinf(requests.lists(name).values).any():
+                raise DataError(f"{path}: column {name} has an infinite score; expected finite logits, or null")
         for history in schema.histories:
             past = requests.lists(history.name)
             _check_items(path, history.name, past.values, schema.items)

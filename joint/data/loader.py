@@ -16,7 +16,7 @@ from joint.data.ragged import draw
 from joint.data.requests import Requests, concatenate_requests
 from joint.data.sampling import Candidates, sample_stages, shuffle_stages, with_random
 from joint.errors import ConfigError
-from joint.experiment import Config
+from joint.experiment import Config, logged_scores
 from joint.schema import SECONDS_A_DAY, Schema, day_number
 
 T = TypeVar("T")
@@ -44,6 +44,7 @@ class Loader:
         self.shards = range(rank, data.shards, world_size)
         self.latest = latest_known(assembler.plan.config, assembler.dataset.schema)
         self.rank, self.world_size = rank, world_size
+        self.scores = logged_scores(assembler.plan.config)
         over_corpus = "corpus" in assembler.plan.pool_spaces
         self.corpus = PoolItems.corpus(assembler.eligibility.slice(rank, world_size)) if over_corpus else NO_POOL
 
@@ -77,7 +78,7 @@ class Loader:
             for day in range(start.day if epoch == start.epoch else 0, len(days)):
                 order = self._order(epoch, days[day])
                 first = start.batch if (epoch, day) == (start.epoch, start.day) else 0
-                streams = [order.shares(shard, first, self.assembler.dataset) for shard in self.shards]
+                streams = [order.shares(shard, first, self.assembler.dataset, self.scores) for shard in self.shards]
                 for batch, shares in enumerate(zip(*streams, strict=True), start=first):
                     following = Position(epoch, day, batch + 1)
                     if batch + 1 == order.batches:

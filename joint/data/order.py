@@ -8,7 +8,7 @@ position can be reached without reading what comes before its windows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,15 +51,20 @@ class DayOrder:
         longest = max((windows[-1].end for windows in self.windows if windows), default=0)
         self.batches = -(-longest // self.share)
 
-    def shares(self, shard: int, first: int, dataset: Dataset) -> Iterator[Requests | None]:
-        """The shard's share of batch `first`, `first` + 1, …; None once the shard has run out."""
+    def shares(
+        self, shard: int, first: int, dataset: Dataset, further: Sequence[str] = ()
+    ) -> Iterator[Requests | None]:
+        """The shard's share of batch `first`, `first` + 1, …; None once the shard has run out.
+
+        `further` names columns to read beyond those of all training.
+        """
         held: list[tuple[Window, Requests]] = []
         for begin in range(first * self.share, self.batches * self.share, self.share):
             end = begin + self.share
             held = [pair for pair in held if pair[0].end > begin]
             for window in self.windows[shard]:
                 if window.begin < end and window.end > begin and all(window is not pair[0] for pair in held):
-                    held.append((window, self._read(window, dataset)))
+                    held.append((window, self._read(window, dataset, further)))
             pieces = [
                 requests.take(np.arange(max(begin, window.begin), min(end, window.end)) - window.begin)
                 for window, requests in held
@@ -67,11 +72,13 @@ class DayOrder:
             ]
             yield concatenate_requests(pieces) if pieces else None
 
-    def _read(self, window: Window, dataset: Dataset) -> Requests:
+    def _read(self, window: Window, dataset: Dataset, further: Sequence[str]) -> Requests:
         by_part: dict[str, tuple[Part, list[int]]] = {}
         for part, group in window.groups:
             by_part.setdefault(part.path, (part, []))[1].append(group)
-        requests = concatenate_requests([dataset.read(part, sorted(groups)) for part, groups in by_part.values()])
+        requests = concatenate_requests(
+            [dataset.read(part, sorted(groups), further=further) for part, groups in by_part.values()]
+        )
         return requests.take(np.argsort(draw(self.key, requests.scalars("request_id")), kind="stable"))
 
 

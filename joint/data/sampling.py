@@ -24,7 +24,7 @@ class Candidates:
 
     items: Ragged
     stages: np.ndarray  # uint16 [N]
-    labels: Mapping[str, np.ndarray]  # float32 [N], NaN where not observed
+    labels: Mapping[str, np.ndarray]  # float32 [N], NaN where not observed; logged scores too
 
     def keep(self, mask: np.ndarray) -> Candidates:
         """Without the candidates where `mask` [N] is False."""

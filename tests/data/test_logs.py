@@ -1,5 +1,6 @@
 """A small flat log worked out by hand; mistakes of the map and of the files; appending; the command line."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -731,3 +732,51 @@ def test_nothing_is_left_of_what_was_put_aside(tmp_path: Path) -> None:
     }  # fmt: skip
     shutil.rmtree(tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"log.parquet", "map.yaml"}
+
+
+# --- scores of another model ----------------------------------------------------------------------------------------
+
+SCORED = MINIMAL + "scores: {rank_click: {column: logit}, p_click: {column: p, of: probability}}\n"
+
+
+def test_scores_of_another_model_are_kept_as_logits(tmp_path: Path) -> None:
+    schema = prepare(three_days(tmp_path, SCORED, logit=[1.5, None, -2.0], p=[0.5, 0.8, 0.0]), tmp_path / "out")
+    assert schema.scores == ("rank_click", "p_click")
+    dataset = Dataset(tmp_path / "out")
+    parts = [dataset.read(part, further=schema.scores) for part in schema.parts]
+    kept = [[float(part.lists(name).values[0]) for part in parts] for name in schema.scores]
+    np.testing.assert_allclose(kept[0], [1.5, np.nan, -2.0])
+    np.testing.assert_allclose(kept[1], [0, np.log(4), np.log(1e-6)], rtol=1e-5, atol=1e-7)  # 0 is kept 1e-6 away
+    assert "rank_click" not in dataset.read(schema.parts[0]).columns  # who does not ask does not pay
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [({"p": [0.5, 1.2, 0.1]}, "column p: found 1.2; expected a number from 0 to 1, or null"),
+     ({"logit": [0.0, float("inf"), 1.0]}, "column logit: found inf; expected a finite number")],
+)  # fmt: skip
+def test_a_score_that_is_none(tmp_path: Path, column: dict[str, object], message: str) -> None:
+    columns: dict[str, object] = {"logit": [0.0, 0.0, 1.0], "p": [0.5, 0.5, 0.5]}
+    with pytest.raises(DataError, match=re.escape(message)):
+        prepare(three_days(tmp_path, SCORED, **columns | column), tmp_path / "out")
+
+
+def test_a_score_may_not_be_called_like_a_label(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"scores.click: also in labels"):
+        prepare(three_days(tmp_path, MINIMAL + "scores: {click: {column: click}}\n"), tmp_path / "out")
+
+
+def test_what_was_prepared_before_there_were_scores_can_be_read_and_appended_to(tmp_path: Path) -> None:
+    prepare(three_days(tmp_path / "a"), tmp_path / "out")
+    description = tmp_path / "out" / "dataset.json"
+    said = json.loads(description.read_text())
+    del said["scores"], said["provenance"]["map"]["scores"]
+    description.write_text(json.dumps(said))
+    assert Dataset(tmp_path / "out").schema.scores == ()
+    later = write(tmp_path / "b", user=["ann"], item=[10], time=[MONDAY + 3 * DAY], click=[1])
+    assert len(prepare(later, tmp_path / "out", append=True).parts) == 4
+    with_scores = write(
+        tmp_path / "c", SCORED, user=["ann"], item=[10], time=[MONDAY + 4 * DAY], click=[1], logit=[0.5], p=[0.5]
+    )
+    with pytest.raises(DataError, match="was prepared with another map"):
+        prepare(with_scores, tmp_path / "out", append=True)

@@ -48,7 +48,7 @@ def assert_equal(a: object, b: object, name: str) -> None:
         assert_equal(a.lengths(), b.lengths(), name)
     elif isinstance(a, Tensor) and isinstance(b, Tensor):
         assert a.dtype == b.dtype, name
-        torch.testing.assert_close(a, b, rtol=0, atol=0, msg=name)
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=name)
     else:
         assert a == b, name
 

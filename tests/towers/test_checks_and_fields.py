@@ -31,9 +31,19 @@ def test_checks(check: Any, good: list[Any], bad: list[Any]) -> None:
 
 @pytest.mark.parametrize("weight", [math.nan, math.inf])
 def test_fusion_weights_are_finite(weight: float) -> None:
-    checks.check_fusion({"click": 0.0, "like": -1.5})
+    checks.check_fusion({"click": 0.0, "like": -1.5}, {})
     with pytest.raises(ValueError, match=r"^fusion weight of like"):
-        checks.check_fusion({"click": 1.0, "like": weight})
+        checks.check_fusion({"click": 1.0, "like": weight}, {})
+    with pytest.raises(ValueError, match=r"^fusion weight of like"):
+        checks.check_fusion({}, {"3": {"like": weight}})
+
+
+@pytest.mark.parametrize(("group", "said"), [("new", "'new'"), ("-1", "'-1'"), ("01", "'01'"), ("²", "'²'")])
+def test_a_user_group_is_a_number(group: str, said: str) -> None:
+    with pytest.raises(ValueError, match=rf"^fusion_by_group: expected the number of a user group, found {said}"):
+        checks.check_fusion({}, {group: {"like": 1.0}})
+    with pytest.raises(ValueError, match=r"group 2 names no task"):
+        checks.check_fusion({}, {"2": {}})
 
 
 def test_fields() -> None:

@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 import torch
 
-from joint.cascade import funnel, top_k
 from joint.data.eligibility import Eligibility
 from joint.data.order import Position
 from joint.data.pool import PoolItems
@@ -20,6 +19,7 @@ from joint.data.ragged import Ragged, side_by_side
 from joint.data.sampling import unlabelled
 from joint.evaluation import evaluator_of
 from joint.experiment import Config
+from joint.funnel_metrics import funnel, top_k
 from joint.task import build_task
 
 HEADS = ("retrieval", "pre_ranking", "ranking")
@@ -114,6 +114,28 @@ def test_dcg_of_retrieval_counts_every_positive_as_the_only_one(measured):
             gain += sum(1 / math.log2(best.index(item) + 2) for item in r.relevant if item in best)
         total = sum(len(r.relevant) for r in slow)
         assert found[f"retrieval/dcg_per_positive@{k}"] == pytest.approx(gain / total)
+
+
+def test_weighted_recall_by_brute_force(measure):
+    """Of the items rated 4 or more, each weighs what the weighted task `fine` has of it: its rating."""
+    config, _, found, slow = measure(
+        "tasks.fine.kind=weighted", "tasks.fine.at_least=5", "evaluation.whole_catalogue=[]"
+    )
+    weights = [{i: v * (v >= 5) for i, v in zip(r.candidates, r.ratings, strict=True) if v >= 4} for r in slow]
+    total = sum(sum(own.values()) for own in weights)
+    assert sum(value == 0 for own in weights for value in own.values()) > 0
+    kept = [np.flatnonzero(r.eligible).tolist() for r in slow]
+    for k in config.evaluation.k:
+        hit = sum(
+            sum(w.get(i, 0) for i in r.best("retrieval", of, k)) for r, w, of in zip(slow, weights, kept, strict=True)
+        )
+        assert found[f"retrieval/weighted_recall@{k}/fine"] == pytest.approx(hit / total, rel=1e-6)
+    for head, quota in config.evaluation.quotas.items():
+        kept = [r.best(head, items, quota) for r, items in zip(slow, kept, strict=True)]
+        hit = sum(w.get(item, 0) for w, items in zip(weights, kept, strict=True) for item in items)
+        assert 0 < hit < total
+        assert found[f"funnel/{head}/weighted_recall@{quota}/fine"] == pytest.approx(hit / total, rel=1e-6)
+    assert "retrieval/weighted_recall@3/like" not in found
 
 
 def check_the_funnel(config: Config, found: dict[str, float], slow: list[Request]) -> None:

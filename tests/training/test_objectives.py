@@ -335,3 +335,63 @@ def test_a_loss_that_is_not_finite_is_named_before_the_backward_pass(configure, 
             parameter.data.fill_(torch.inf)
     with pytest.raises(UserError, match=r"^loss of retrieve is not finite"):
         task(batch)
+
+
+# --- a logged teacher -----------------------------------------------------------------------------------------------
+
+
+def scored_batch(*missing: tuple[int, int]) -> SimpleNamespace:
+    batch = batch_of()
+    batch.scores = torch.randn(7, 2, generator=torch.Generator().manual_seed(1))
+    for place in missing:
+        batch.scores[place] = torch.nan
+    return batch
+
+
+def test_a_logged_teacher_teaches_what_it_has_scored():
+    batch, outputs = scored_batch((1, 0), (4, 0), (4, 1)), outputs_of()
+    objective = Distillation(head="pre_ranking", space=("exposed", "random"), teacher="logged")
+    assert set(head_spaces([objective], ("pre_ranking", "ranking"))["ranking"]) == set()  # no head has to be run for it
+    term = compute(objective, outputs, batch, TASKS)
+    logits = outputs["pre_ranking"].logits
+    for task, chosen in enumerate(([0, 6], [0, 1, 2, 6])):  # of task 0 candidate 1 has no score, and 2 is not observed
+        p = batch.scores[chosen, task].sigmoid()
+        expected = torch.nn.functional.binary_cross_entropy_with_logits(logits[chosen, task], p, reduction="sum")
+        assert term.count[task] == len(chosen)
+        torch.testing.assert_close(term.total[task], expected)
+    term.total.sum().backward()
+    assert logits.grad.isfinite().all()
+    assert not logits.grad[4].any()
+
+
+@pytest.mark.parametrize("loss", ["list_net", "list_mle", "soft_pairwise"])
+def test_an_imitation_leaves_out_what_the_logged_teacher_has_not_scored(loss):
+    objective = Imitation(head="pre_ranking", loss=loss, space=("exposed", "ranked"), teacher="logged")
+    outputs = outputs_of()
+    found = compute(objective, outputs, scored_batch((1, 1)), TASKS)
+    rest = [0, 2, 3, 6]  # candidate 1 lacks the score of a task, 4 and 5 are outside of the space
+    batch, logits = scored_batch(), outputs["pre_ranking"].logits
+    expected = getattr(losses, loss)(logits[rest], batch.scores[rest], torch.tensor([0, 3, 4]))
+    close(found, expected)
+
+
+def test_a_logged_teacher_without_any_score_teaches_nothing():
+    batch = scored_batch(*itertools.product(range(7), range(2)))
+    objective = Distillation(head="pre_ranking", space=("exposed",), teacher="logged")
+    term = compute(objective, outputs_of(), batch, TASKS)
+    assert term.total.tolist() == term.count.tolist() == [0, 0]
+
+
+def test_a_shuffled_logged_teacher_says_the_same_numbers_of_other_candidates(monkeypatch):
+    seen = []
+    monkeypatch.setattr(losses, "distillation", lambda student, teacher, **_: seen.append(teacher))
+    batch = scored_batch((1, 0))
+    settings = {"head": "pre_ranking", "space": ("exposed", "ranked"), "teacher": "logged", "shuffle": True}
+    for seed in range(8):
+        torch.manual_seed(seed)
+        compute(Distillation(**settings), outputs_of(), batch, TASKS)
+    plain = batch.scores.nan_to_num()
+    for dealt in seen:  # among 0, 2 and 3, which it has scored for all tasks; 6 is alone in its request
+        assert sorted(map(tuple, dealt[[0, 2, 3]].tolist())) == sorted(map(tuple, plain[[0, 2, 3]].tolist()))
+        assert torch.equal(dealt[[1, 4, 5, 6]], plain[[1, 4, 5, 6]])
+    assert len({tuple(dealt[:, 0].tolist()) for dealt in seen}) > 1

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 import joint
+from joint.cascade import main as cascade
+from joint.choosing import choose_fusion
 from joint.config import load_config
+from joint.cost import head_costs
 from joint.data.assemble import Assembler, logged
 from joint.data.dataset import Dataset
 from joint.data.planted.simulate import parameters_of, simulate
@@ -21,10 +26,15 @@ from joint.data.pool import PoolItems
 from joint.data.ragged import Ragged
 from joint.data.sampling import unlabelled
 from joint.distributed import process_group
+from joint.errors import UserError
 from joint.evaluation import evaluator_of
 from joint.features import Plan
+from joint.funnels.measure import sweep_quotas
+from joint.funnels.show import show_funnel
 from joint.fusion import fuse
-from joint.measure import choose_fusion, reference_of, show_funnel
+from joint.measure import open_model, reference_of
+from joint.prediction import predict
+from joint.schema import Stage
 from joint.task import build_task
 from joint.train import main
 
@@ -68,7 +78,10 @@ def test_the_true_reward_stands_beside_what_others_would_earn(runs: Path) -> Non
 def test_the_funnel_of_a_run_in_print(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     show_funnel(runs / "first", None)
     out = capsys.readouterr().out
-    one, rows = found(runs, "first"), {line.split()[0]: line.split() for line in out.splitlines()[3:]}
+    one, rows = (
+        found(runs, "first"),
+        {line.split()[0]: line.split() for line in out.partition("lost by:")[0].splitlines()[3:-1]},
+    )
     assert rows["retrieval"][1:3] == ["600", "40"]
     assert rows["ranking"][1:3] == ["20", "10"]
     for head, quota in (("retrieval", 40), ("pre_ranking", 20), ("ranking", 10)):
@@ -81,6 +94,50 @@ def test_the_funnel_of_a_run_in_print(runs: Path, capsys: pytest.CaptureFixture[
     assert rows["retrieval"][3] == f"{int(expected):,}"
 
 
+def test_a_sweep_of_true_worth_is_as_many_runs(runs: Path) -> None:
+    grid = [{"retrieval": n, "pre_ranking": m, "ranking": 10} for n in (30, 60) for m in (12, 25)]
+    with open_model(runs / "first", []) as (_, evaluator, model, _):
+        points = sweep_quotas(evaluator, "test", grid, head_costs(model))
+        config = evaluator.config
+        for point in points:
+            evaluator.config = replace(config, evaluation=replace(config.evaluation, quotas=point.quotas))
+            numbers = evaluator("test", whole_catalogue=False).numbers
+            assert point.values["true_reward@10"] == pytest.approx(numbers["funnel/true_reward@10"])
+            assert point.values["true_favourites"] == numbers["funnel/ranking/true_favourites"]
+            assert numbers["funnel/lost/retrieval/true_favourites"] == pytest.approx(
+                1 - numbers["funnel/retrieval/true_favourites"]
+            )
+
+
+def test_a_run_s_report_and_several_runs_beside_each_other(runs: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    first, second = str(runs / "first"), str(runs / "second")
+    assert cascade([first, "--sweep", "retrieval=20,40,80", "pre_ranking=10,20", "--out", str(tmp_path / "one")]) == 0
+    out = capsys.readouterr().out
+    assert "A star: no other of these funnels" in out
+    names = {"report.md", "lost.csv", "lost.png", "survival.png", "sweep.csv", "sweep.png"}
+    assert {path.name for path in (tmp_path / "one").iterdir()} == names
+    table = pd.read_csv(tmp_path / "one" / "sweep.csv")
+    assert len(table) == 6
+    assert table.efficient_by_positives.any()
+    lost = pd.read_csv(tmp_path / "one" / "lost.csv")
+    assert set(lost.wanted) == {"positives", "teacher_favourites", "true_favourites"}
+    assert lost.drop(columns=["wanted", "of"]).sum(axis=1).tolist() == pytest.approx([1] * len(lost))
+    assert cascade([first, second, "--split", "valid", "--out", str(tmp_path / "two")]) == 0
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {"report.md", "lost.csv", "survival.png"}
+    assert set(pd.read_csv(tmp_path / "two" / "lost.csv").run) == {"first", "second"}
+    for arguments, said in [
+        ([first, second, "--sweep", "retrieval=3"], "several without --sweep"),
+        ([first, first], "two runs are named first"),
+        ([first, "--sweep", "retrieval=many"], "expected numbers of 1 or more"),
+        ([first, "evaluation.quotas=null", "--sweep", "retrieval=3"], "there is no funnel"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            cascade(arguments)
+    monkeypatch.setattr("joint.cascade.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"a report needs matplotlib: pip install matplotlib"):
+        cascade([first])
+
+
 def test_fusion_weights_of_every_head_are_tried(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for head in ("pre_ranking", "ranking"):
         choose_fusion(runs / "first", head, None, ["evaluation.k=[50, 10]"])
@@ -88,6 +145,11 @@ def test_fusion_weights_of_every_head_are_tried(runs: Path, capsys: pytest.Captu
         assert len(lines) == 15
         assert {line[0] for line in lines} == {f"{head}/recall@10"}
         assert len({line[1] for line in lines}) > 3
+        with open_model(runs / "first", ["evaluation.k=[10]"]) as (_, evaluator, *_):
+            evaluator.heads[head] = replace(evaluator.heads[head], fusion={"view": 0.25, "like": 0.75})
+            value = evaluator("valid", whole_catalogue=False).numbers[f"{head}/recall@10"]
+        said = f"{value:.4f} heads.{head}.fusion={{view: 0.25, like: 0.75, dwm: 0}}".split()
+        assert said in [line[1:] for line in lines]
 
 
 def test_a_reference_is_another_s_teacher(runs: Path, world: Path) -> None:
@@ -168,3 +230,31 @@ def test_the_reward_and_the_orders_by_brute_force(scored, world: Path) -> None:
         known = place >= 0
         by_log = discordant(of_candidates[known], -place[known].astype(float))
         assert table["alignment/logged/reverse_rate/ranking.total"][row] == pytest.approx(by_log, abs=0.02)
+
+
+def test_weighted_recall_among_the_logged_candidates_of_a_head(runs: Path, world: Path) -> None:
+    """Of the items viewed, each weighs its minutes: by the scores that the run itself predicts."""
+    predict(runs / "first", world, runs / "predicted", splits=["test"], heads=["ranking"], k=0)
+    config, _ = load_config(runs / "first" / "config.yaml")
+    fusion, hit, total = config.heads.ranking.fusion, dict.fromkeys(config.evaluation.k, 0.0), 0.0
+    for path in sorted((runs / "predicted" / "scores").rglob("*.parquet")):
+        logged_rows = pq.ParquetFile(world / path.relative_to(runs / "predicted" / "scores")).read().to_pylist()
+        for row, scores in zip(logged_rows, pq.ParquetFile(path).read().to_pylist(), strict=True):
+            logits = {task: np.array(scores[f"ranking.{task}"]) for task in fusion}
+            fused = fusion["view"] / (1 + np.exp(-logits["view"])) + fusion["like"] / (1 + np.exp(-logits["like"]))
+            fused = fused + fusion["dwm"] * np.exp(logits["dwm"])
+            space = np.array(row["stages"]) & (Stage.EXPOSED | Stage.RANKED) != 0
+            minutes = np.array(
+                [
+                    0 if m is None or m < 0.01 or not v else m
+                    for m, v in zip(row["dwm"], row["effective_view"], strict=True)
+                ]
+            )
+            order = np.argsort(-np.where(space, fused, -np.inf))
+            total += minutes.sum()
+            for k in hit:
+                hit[k] += minutes[order[:k]].sum()
+    measured = found(runs, "first")
+    assert total > 0
+    for k, minutes in hit.items():
+        assert measured[f"ranking/weighted_recall@{k}/dwm"] == pytest.approx(minutes / total, rel=1e-4)

@@ -122,8 +122,9 @@ def open_old(out: Path, m: LogMap) -> Old:
     """
     schema = Dataset(out).schema
     before = schema.provenance.get("map")
-    if before is None:
+    if not isinstance(before, dict):
         raise DataError(f"{out}: is not of joint.prepare parquet; expected a dataset that a log can be appended to")
+    before = {"scores": {}} | before  # a key that older maps lack
     changed = [line for line in differences(before, plain(m)) if _key(line) not in FILES_OF_THE_MAP]
     if changed:
         raise DataError("\n".join(f"{out}: was prepared with another map: {line} (now)" for line in changed))

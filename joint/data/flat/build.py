@@ -124,7 +124,9 @@ class Builder:
             columns |= {f"{name}.{column}": lists for column, lists in further.items()}
         columns["candidates"] = Ragged(self._index(rows.scalars("log.item")), offsets)
         columns["stages"] = Ragged(rows.scalars("log.stages"), offsets)
-        return Requests(columns | {name: Ragged(rows.scalars(name), offsets) for name in (*m.orders, *m.columns)})
+        return Requests(
+            columns | {name: Ragged(rows.scalars(name), offsets) for name in (*m.orders, *m.scores, *m.columns)}
+        )
 
     def _index(self, codes: np.ndarray) -> np.ndarray:
         """Rows of the catalogue."""

@@ -165,6 +165,7 @@ def log_columns(m: LogMap) -> list[Wanted]:
         elif label.discovery and not label.discovery.watch_log:
             wanted += _watched(name, m)
     wanted += [Wanted(f"orders.{name}", column, "number") for name, column in m.orders.items()]
+    wanted += [Wanted(f"scores.{name}.column", score.column, "number") for name, score in m.scores.items()]
     levels = ("request", "event") if m.items else ("request", "event", "item")
     wanted += feature_columns(m, *levels)
     return wanted + ([] if isinstance(m.group, str) else [Wanted("group.column", m.group.column, "id")])

@@ -103,6 +103,14 @@ class Label:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Score:
+    """A column of the scores that another model, such as the production's, gave to candidates (null: none)."""
+
+    column: str
+    of: Literal["logit", "probability"] = "logit"
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogFeature:
     """A feature: where its column is, and what is made of it."""
 
@@ -211,6 +219,7 @@ class LogMap:
     stages: Stages | Literal["exposed"] = "exposed"
     input_space: dict[str, tuple[str, ...]] = field(default_factory=dict)  # head -> logged stages that enter it
     orders: dict[str, str] = field(default_factory=dict)  # name -> column of a candidate's place in a logged order
+    scores: dict[str, Score] = field(default_factory=dict)
     features: dict[str, LogFeature] = field(default_factory=dict)
     items: Table | None = None
     users: Table | None = None
@@ -280,6 +289,7 @@ def _mistakes(m: LogMap) -> list[tuple[str, str]]:
         "features": m.features,
         "histories": m.histories,
         "orders": m.orders,
+        "scores": m.scores,
         "pools": m.pools,
     }
     taken = dict.fromkeys(_OWN_COLUMNS, "")

@@ -197,6 +197,7 @@ def _schema(job: Job, end: int) -> Schema:
         input_space=m.input_space,
         pools=tuple(m.pools),
         orders=tuple(m.orders),
+        scores=tuple(m.scores),
         matures_after={name: label.days for name, label in m.columns.items() if label.days},
         provenance={"source": "parquet", "map": plain(m), "end": end, "statistics": job.statistics},
     )

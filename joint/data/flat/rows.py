@@ -27,7 +27,7 @@ from joint.data.flat.columns import (
     times,
 )
 from joint.data.flat.files import Source
-from joint.data.flat.map import Discovery, LogHistory, LogMap, Table, time_of
+from joint.data.flat.map import Discovery, LogHistory, LogMap, Score, Table, time_of
 from joint.data.flat.vocabulary import Vocabulary
 from joint.data.problems import Problems
 from joint.data.requests import Column, Requests
@@ -70,6 +70,7 @@ def read_log(
         columns["log.stages"] = stages_of(rows, m.stages)
         columns |= _labels(rows, m)
         columns |= {name: _places(rows, column) for name, column in m.orders.items()}
+        columns |= {name: _logits(rows, score) for name, score in m.scores.items()}
         columns |= _features(rows, m, vocabularies, *levels)
         if not isinstance(m.group, str):
             columns["log.group"] = ids(rows, m.group.column, vocabularies["group"])
@@ -186,6 +187,18 @@ def _places(rows: Rows, name: str) -> np.ndarray:
     bad = (values % 1 != 0) | (values < -1) | (values >= 2**15)
     rows.reject(bad, name, "another number", "expected a place from 0 to 32767, or null")
     return values.clip(-1, 2**15 - 1).astype(np.int16)
+
+
+def _logits(rows: Rows, score: Score) -> np.ndarray:
+    """Scores as logits, float32, NaN where there is none; probabilities are kept 1e-6 away from 0 and 1."""
+    values = numbers(rows, score.column, missing=True)
+    if score.of == "probability":
+        rows.reject(
+            (values < 0) | (values > 1), score.column, "no probability", "expected a number from 0 to 1, or null"
+        )
+        values = values.clip(1e-6, 1 - 1e-6)
+        values = np.log(values / (1 - values))
+    return values.astype(np.float32)
 
 
 def _features(rows: Rows, m: LogMap, vocabularies: Vocabularies, *levels: str) -> dict[str, Column]:

@@ -1,0 +1,1 @@
+"""A run's funnel measured, swept over quotas, drawn and written down."""
