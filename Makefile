@@ -4,7 +4,7 @@ BIN := .venv/bin
 EXTRA ?= cpu
 DATA := data/ml-100k
 
-.PHONY: install data train test check fast-test benchmarks clean
+.PHONY: install data train test check fast-test golden benchmarks clean
 
 install: .venv/installed-$(EXTRA)
 
@@ -35,6 +35,9 @@ test: check
 
 fast-test: install
 	$(BIN)/python -m pytest -m "not slow" --ignore tests/training
+
+golden: install
+	REWRITE=1 $(BIN)/python -m pytest tests/training/test_configs.py
 
 benchmarks: install
 	$(BIN)/python -m benchmarks.losses

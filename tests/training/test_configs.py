@@ -1,76 +1,149 @@
-"""Every config that is shipped resolves, fits its data, and trains."""
+"""Every config that is shipped resolves to its golden snapshot, fits its data, trains, and measures what it names.
+
+A new or changed config: `make golden` (or REWRITE=1 with this file), then read the difference before it is committed.
+"""
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import os
+from collections.abc import Iterator
+from difflib import unified_diff
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 import joint
+from benchmarks.recflow_days import make_day, write_day
+from joint import settings, sources
 from joint.comparison.ablation import read_ablation
 from joint.config import load_config
+from joint.data.assemble import Assembler
+from joint.data.dataset import Dataset
+from joint.data.loader import Loader
+from joint.data.order import Position
 from joint.data.planted.simulate import parameters_of, simulate
-from joint.data.predictions import VERSION
-from joint.errors import ConfigError
+from joint.data.recflow.reader import prepare_recflow
+from joint.distributed import process_group
+from joint.evaluation import evaluator_of
+from joint.experiment import Config
+from joint.features import Plan
 from joint.fit import check_against
+from joint.optimizers import build_optimizer
+from joint.pipeline import build_pipeline
 from joint.schema import read_schema
-from joint.train import main
+from joint.task import build_task
+from towers.mixtures import set_step
 
 CONFIGS = Path(joint.__file__).parents[1] / "configs"
-ON_A_WORLD = ["joint.yaml", *sorted(str(path.relative_to(CONFIGS)) for path in (CONFIGS / "papers").glob("*.yaml"))]
-ABLATIONS = sorted(path.name for path in (CONFIGS / "ablations").glob("*.yaml"))
+GOLDEN = Path(__file__).parents[1] / "configs_golden"
+FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("**/*.yaml"))
+ABLATIONS = [name for name in FILES if "variants" in yaml.safe_load((CONFIGS / name).read_text())]
+STEPS = 3
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A world of a few requests."""
-    out = tmp_path_factory.mktemp("worlds") / "biased-0"
-    simulate(
-        out, parameters_of("biased", "small", ["requests=300", "users=60", "competitors=3"]), seed=0, world="biased"
-    )
-    return out
+def data(tmp_path_factory: pytest.TempPathFactory, dataset_path: Path) -> Path:
+    """A folder in which every dataset that a config names is there, tiny."""
+    here = tmp_path_factory.mktemp("data")
+    for name, world, competitors in (("biased", "biased", 0), ("misled", "misled", 0), ("competing", "biased", 3)):
+        parameters = parameters_of(world, "small", ["requests=180", "users=40", f"competitors={competitors}"])
+        simulate(here / "worlds" / f"{name}-0", parameters, seed=0, world=world)
+    (here / "ml-100k").symlink_to(dataset_path)
+    for day in ("2024-02-02", "2024-02-03", "2024-02-04", "2024-02-05"):
+        write_day(here / "release", day, make_day(day, 24, users=6, videos=200, ranked=30))
+    prepare_recflow(here / "release", here / "recflow", jobs=1, competitors=10)
+    return here
 
 
-def test_there_is_something_to_check() -> None:
-    assert len(ON_A_WORLD) >= 3
+@pytest.fixture(autouse=True)
+def place(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths of configs are relative, so each test has a folder of its own with that data in it."""
+    (tmp_path / "data").symlink_to(data)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_every_snapshot_is_of_a_config() -> None:
     assert len(ABLATIONS) >= 4
-    load_config(CONFIGS / "sdcl.yaml")
+    assert len(FILES) >= len(ABLATIONS) + 4
+    gone = {str(path.relative_to(GOLDEN)) for path in GOLDEN.glob("**/*.yaml")} - {*FILES}
+    assert not gone, "delete these snapshots"
 
 
-@pytest.mark.parametrize("name", ON_A_WORLD)
-def test_a_config_of_the_planted_funnel_trains(name: str, world: Path, tmp_path: Path) -> None:
-    quotas = {"retrieval": 40, "pre_ranking": 20, "ranking": 10}
-    config, tree = load_config(CONFIGS / name, [f"data.path={world}"])
-    check_against(config, tree, read_schema(world))
-    kept = {head: quotas[head] for head in config.evaluation.quotas}
-    overrides = [f"data.path={world}", f"run.dir={tmp_path}", "data.epochs=1", f"evaluation.quotas={kept}"]
-    assert main([str(CONFIGS / name), *overrides]) == 0
-    assert (tmp_path / config.run.name / "eval.json").is_file()
+@pytest.mark.parametrize("name", FILES)
+def test_a_config_resolves_to_its_snapshot(name: str) -> None:
+    found, golden = snapshot(CONFIGS / name), GOLDEN / name
+    if os.environ.get("REWRITE"):
+        golden.parent.mkdir(parents=True, exist_ok=True)
+        golden.write_text(found)
+    assert golden.is_file(), "a new config: make golden"
+    differing = unified_diff(golden.read_text().splitlines(), found.splitlines(), "snapshot", "now", n=1, lineterm="")
+    assert not (lines := list(differing)), "\n".join([f"{name} has changed; if it should have: make golden", *lines])
 
 
-@pytest.fixture
-def teachers(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A working folder in which the teachers of RRA's Table 1 have predicted, as its header says."""
-    said = {"version": VERSION, "dataset": read_schema(world).hash, "splits": ["train"], "hash": "of the teacher"}
-    for model in ("rra", "rra_base"):
-        folder = tmp_path / "data" / "teachers" / model / world.name
-        folder.mkdir(parents=True)
-        (folder / "predict.json").write_text(json.dumps(said | {"columns": ["ranking.view", "ranking.dwm"]}))
-    monkeypatch.chdir(tmp_path)
+def snapshot(path: Path) -> str:
+    """An experiment as resolved; an ablation as what each of its variants changes of the experiment it is based on."""
+    if str(path.relative_to(CONFIGS)) not in ABLATIONS:
+        return settings.dump(load_config(path)[0])
+    plan, base = read_ablation(path, any_data=True), base_of(path)
+    said = {"base": str(base.relative_to(CONFIGS))} | settings.plain(plan.ablation)
+    said["variants"] = {name: changes(base, config) for name, config in plan.configs.items()}
+    return yaml.safe_dump(said | {"placebos": plan.placebos}, sort_keys=False, width=10_000)
 
 
-@pytest.mark.usefixtures("teachers")
-@pytest.mark.parametrize("name", ABLATIONS)
-def test_an_ablation_resolves(name: str, world: Path) -> None:
-    plan = read_ablation(CONFIGS / "ablations" / name, [f"worlds={world.parent}/*"])
-    assert plan.ablation.baseline in plan.configs
-    assert len(plan.configs) >= 3
+def base_of(path: Path) -> Path:
+    """The nearest experiment among an ablation's bases."""
+    found = (path.parent / yaml.safe_load(path.read_text())["base"]).resolve()
+    return base_of(found) if str(found.relative_to(CONFIGS)) in ABLATIONS else found
 
 
-def test_without_its_teachers_a_table_is_refused_before_anything_runs(world: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError) as caught:
-        read_ablation(CONFIGS / "ablations" / "rra_table1.yaml", [f"worlds={world.parent}/*"])
-    assert "predict.json: not found; expected what joint.predict RUN" in str(caught.value)
-    assert "(variant base_offline)" in str(caught.value)
+def changes(base: Path, config: Config) -> list[str]:
+    """What differs from a base, as it is now; what it was, the base's own snapshot says."""
+    lines = settings.differences(load_config(base)[0], config)
+    return [f"{line.partition(':')[0]} = {line.rpartition(' != ')[2]}" for line in lines]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_config_trains_three_steps_and_measures_what_it_names(name: str, seen: dict[str, set[str]]) -> None:
+    if name not in ABLATIONS:
+        config, tree = load_config(CONFIGS / name)
+        check_against(config, tree, read_schema(Path(config.data.path)))
+        assert train(config, seen)
+        return
+    plan = read_ablation(CONFIGS / name, any_data=True)
+    found = set().union(*(train(config, seen) for config in plan.configs.values()))
+    for pattern in (*plan.ablation.metrics, plan.ablation.claim):
+        assert any(fnmatch(metric, pattern) for metric in found), f"no variant measures {pattern}"
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[str, set[str]]:
+    """Configs that have been trained already, and what they measure: many a variant is another's base."""
+    return {}
+
+
+def train(config: Config, seen: dict[str, set[str]]) -> set[str]:
+    """The names of the metrics of three steps' model."""
+    small = dataclasses.replace(config.data, requests_per_batch=4 * config.data.shards, epochs=1)
+    config = dataclasses.replace(config, data=small, run=dataclasses.replace(config.run, name="tiny", dir=""))
+    key = sources.write(settings.plain(config))
+    if key not in seen:
+        with process_group() as device:
+            seen[key] = set(three_steps(config, device))
+    return seen[key]
+
+
+def three_steps(config: Config, device: torch.device) -> Iterator[str]:
+    dataset = Dataset(config.data.path)
+    assembler = Assembler(Plan(config, dataset.schema), dataset)
+    model = build_task(assembler.plan, device)
+    pipeline = build_pipeline(model, build_optimizer(model, config.optimizer), device)
+    batches = Loader(assembler, rank=0, world_size=1).from_position(Position())
+    for step in range(STEPS):
+        set_step(model, step)
+        losses = pipeline.progress(batches).losses
+        assert all(value.isfinite() for value in losses.values())
+    yield from evaluator_of(model, assembler, device).full(config.evaluation.test).numbers
