@@ -22,14 +22,15 @@ from joint.data.assemble import Assembler, logged, positives
 from joint.data.order import Position
 from joint.data.planted.truth import LIST, open_truth
 from joint.data.pool import NO_POOL, PoolItems
-from joint.data.ragged import Ragged, offsets_of
+from joint.data.ragged import Ragged, draw, offsets_of
 from joint.data.requests import Requests
 from joint.data.sampling import Candidates, unlabelled
 from joint.distributed import gather_objects, rank, world_size
 from joint.experiment import heads_of
 from joint.funnel_metrics import Entrants, Wanted, best_columns, funnel_metrics, top_k
 from joint.fusion import fuse, fuse_users
-from joint.logged_metrics import State, logged_metrics
+from joint.logged_funnel import logged_funnel
+from joint.logged_metrics import State, against_negatives, logged_metrics
 from joint.metrics import PerRequest
 from joint.outputs import Outputs
 from joint.pools import recall_by_pool
@@ -41,6 +42,7 @@ Forward = Callable[[Batch], Outputs]
 States = dict[str, list[Any]]  # metric -> its states so far, all of one kind
 
 
+RANDOM = 10  # random items a request that positives are held against
 KEPT = ("request_id", "user_id", "group")  # what is known of a request beside its metrics
 
 
@@ -100,6 +102,11 @@ class Evaluator:
         found = logged_metrics(self.config, self.assembler.dataset.schema, batch, outputs, scores, orders)
         if corpus is not None:
             found |= self._retrieval(chunk)
+        else:
+            positive = batch.positive[:, self.tasks.index(self.config.evaluation.task)]
+            quotas = self.config.evaluation.quotas
+            found |= logged_funnel(scores, quotas, positive, batch.offsets, orders.get("truth"))
+        found |= dict(against_negatives(self.config, batch, outputs, *self._random(requests, candidates)))
         if whole_catalogue:
             found |= self._whole_catalogue(requests, candidates)
         return found
@@ -175,6 +182,12 @@ class Evaluator:
             batch = self.assembler.empty(pool, position=Position())
         batch = batch.to(self.device)
         return batch, self.forward(batch)
+
+    def _random(self, requests: Requests, candidates: Candidates) -> tuple[Batch, Outputs]:
+        """Random items that no stage of the log holds, the same for every model: SDCL's Matching NS."""
+        keys = draw(0, requests.scalars("request_id"))
+        drawn = self.eligibility.random(requests, RANDOM, keys, but=candidates.items, uniform=True)
+        return self._run(requests, unlabelled(drawn, self.assembler.dataset.schema.labels), self.heads)
 
     def _orders(self, requests: Requests, candidates: Candidates) -> dict[str, Tensor]:
         """Whose order of the logged candidates there is, besides that of the own teacher: whose -> `[N]`."""

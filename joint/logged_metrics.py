@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from joint import metrics
-from joint.alignment import to_order, to_the_teacher
+from joint.alignment import of_fusions, to_order, to_the_teacher
 from joint.batch import Batch
 from joint.experiment import Config
 from joint.metrics import AucState, PerRequest, Ratio
 from joint.objectives import stage_mask
 from joint.outputs import Outputs
-from joint.ranks import ranks
-from joint.schema import Schema
+from joint.ranks import ranks, request_sums
+from joint.schema import GROUPS, Schema
 from joint.variety import Coverage
 
 State = Ratio | PerRequest | AucState | Coverage
@@ -36,7 +36,10 @@ def logged_metrics(
         orders: whose -> an order of the candidates `[N]`, NaN outside of it, to hold the heads against.
     """
     found = dict(_on_exposures(config, batch, outputs))
-    found |= dict(to_the_teacher(config, batch, outputs, scores))
+    found |= dict(against_negatives(config, batch, outputs, batch, outputs))
+    found |= dict(to_the_teacher(config, schema, batch, outputs, scores))
+    if len(config.tasks) > 1:
+        found |= dict(of_fusions(batch, outputs, scores))
     for whose, order in orders.items():
         found |= dict(to_order(whose, order, scores, batch, config.evaluation.k))
     for head, score in scores.items():
@@ -46,6 +49,27 @@ def logged_metrics(
     return found
 
 
+def against_negatives(
+    config: Config, batch: Batch, outputs: Outputs, others: Batch, of_others: Outputs
+) -> Iterator[tuple[str, AucState]]:
+    """`HEAD/auc/TASK/STAGE`: AUC of the task's positives against the unexposed candidates of each of SDCL's kinds.
+
+    One grid for models trained with any kind and number of negatives (SDCL Tables 5-6 leave theirs open).
+
+    Args:
+        batch, outputs: where the positives are; others, of_others: where the negatives are.
+    """
+    kinds = {name: stage_mask((name,), others.stages) for name in GROUPS}
+    for head, output in outputs.items():
+        for index, task in enumerate(config.tasks):
+            positive = output.logits[batch.positive[:, index], index]
+            for name, mask in kinds.items():
+                if mask.any():
+                    negative = of_others[head].logits[mask, index]
+                    labels = torch.cat([torch.ones_like(positive), torch.zeros_like(negative)])
+                    yield f"{head}/auc/{task}/{name}", metrics.auc(torch.cat([positive, negative]), labels)
+
+
 def _on_exposures(config: Config, batch: Batch, outputs: Outputs) -> Iterator[tuple[str, State]]:
     """AUC, log loss and calibration per task, on exposures with known feedback."""
     exposed = stage_mask(("exposed",), batch.stages)
@@ -53,12 +77,13 @@ def _on_exposures(config: Config, batch: Batch, outputs: Outputs) -> Iterator[tu
         for index, (task, rule) in enumerate(config.tasks.items()):
             logits, labels = output.logits[:, index], batch.labels[:, index]
             mask = batch.observed[:, index] & exposed
-            if rule.kind != "ratio":
-                yield f"{head}/auc/{task}", metrics.auc(logits, labels, mask=mask)
+            yield f"{head}/auc/{task}", metrics.auc(logits, batch.positive[:, index].float(), mask=mask)
             # A softmax's logits are no probabilities, and those of a weighted task are odds of its value.
             if head != "retrieval" and rule.kind != "weighted":
                 yield f"{head}/log_loss/{task}", metrics.log_loss(logits, labels, mask=mask)
-                yield f"{head}/calibration/{task}", metrics.calibration(logits, labels, mask=mask)
+                # `metrics.calibration` request by request, so that user groups have theirs.
+                sums = (request_sums(x.where(mask, 0), batch.offsets) for x in (logits.double().sigmoid(), labels))
+                yield f"{head}/calibration/{task}", PerRequest.of(*sums)
 
 
 def in_space(

@@ -75,6 +75,11 @@ class RunDirectory:
         return self.path / "eval.json"
 
     @property
+    def negative_weights(self) -> Path:
+        """The picture that `joint.weights` draws."""
+        return self.path / "negative_weights.png"
+
+    @property
     def evaluated_requests(self) -> Path:
         """The ratios of eval.json by request of the test part: `METRIC.total`, `METRIC.count`."""
         return self.path / "eval" / "requests.parquet"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Anything that is named in neither table is better higher: recall, precision, ndcg, auc, overlap, true_reward, ...
-LOWER = ("reverse_rate", "nktd", "kendall", "log_loss", "lost", "regret", "cost", "seconds")
+LOWER = ("reverse_rate", "inconsistency", "nktd", "kendall", "log_loss", "lost", "regret", "cost", "seconds")
 BEST_AT_ONE = ("calibration",)
 
 

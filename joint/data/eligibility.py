@@ -88,15 +88,17 @@ class Eligibility:
         available = int(np.searchsorted(first_day, day, side="right"))
         return order[(random % np.uint64(max(available, 1))).astype(np.int64)][: len(random) if available else 0]
 
-    def random(self, requests: Requests, quota: int, keys: np.ndarray, *, but: Ragged) -> Ragged:
+    def random(self, requests: Requests, quota: int, keys: np.ndarray, *, but: Ragged, uniform: bool = False) -> Ragged:
         """Up to `quota` eligible items of each request, with replacement, none of those in `but`.
 
-        Uniform, or as often as the training log holds them. A slot that hits a taken item is drawn again, up to
-        ATTEMPTS times, then left empty.
+        Uniform, or as `random_by` says, as often as the training log holds them. A slot that hits a taken item is
+        drawn again, up to ATTEMPTS times, then left empty.
 
         Args:
             keys: uint64 [R], a hash of (seed, epoch, request): the draw depends on it and the slot alone.
+            uniform: whatever `random_by` says.
         """
+        popular = None if uniform else self.popular
         taken, _ = side_by_side(self.taken(requests), Ragged(but.values.astype(np.int64), but.offsets))
         taken_pairs = np.unique(taken.rows * self.items + taken.values)
         order, first_day = self._by_day
@@ -110,10 +112,10 @@ class Eligibility:
                 break
             row = rows[open_]
             bits = draw(keys[row], slots[open_], attempt)
-            if self.popular is None:
+            if popular is None:
                 tried = order[(bits % available[row].astype(np.uint64)).astype(np.int64)]
             else:
-                tried = np.searchsorted(self.popular, bits % np.uint64(self.popular[-1]), side="right")
+                tried = np.searchsorted(popular, bits % np.uint64(popular[-1]), side="right")
             free = ~contains(taken_pairs, row * self.items + tried)
             free &= self.first_day[tried] <= requests.scalars("day")[row]
             drawn[open_[free]] = tried[free]

@@ -21,16 +21,21 @@ def test_means_by_stage_task_and_user_group(configure, assemble, group):
     arguments = contrastive_arguments(objective, outputs, batch, list(config.tasks))
     _, pairs = losses.adaptive_contrastive(*(x.detach() for x in arguments), return_weights=True)
     random = (batch.stages == 1)[pairs.negative]
-    users = batch.group[batch.row[pairs.negative]]
+    users = batch.group[batch.row]
     for index, name in enumerate(("like", "fine")):
-        own = random & (pairs.task == index)
-        parts = pairs.similarity[own].mean(), pairs.confidence[own].mean()
-        for part, value in zip(("similarity", "confidence"), parts, strict=True):
-            np.testing.assert_allclose(found[f"negative_weights/matching_ns/{name}/{part}"], value, rtol=1e-5)
-        for who in users[own].unique().tolist():
-            of_group = own & (users == who)
-            weight = 0.5 * (pairs.similarity + pairs.confidence)[of_group].mean()
-            np.testing.assert_allclose(found[f"negative_weights/matching_ns/{name}/{who}"], weight, rtol=1e-5)
+        for who in users[pairs.negative[pairs.task == index]].unique().tolist():
+            own = random & (pairs.task == index) & (users[pairs.negative] == who)
+            start = f"negative_weights/matching_ns/{name}/{who}"
+            expected = {"": 0.5 * (pairs.similarity + pairs.confidence)[own].mean()}
+            expected |= {"/similarity": pairs.similarity[own].mean(), "/confidence": pairs.confidence[own].mean()}
+            # Each positive's softmax sums to 1 over the negatives that it shares it with.
+            rivals = [((pairs.task == index) & (pairs.positive == i)).sum() for i in pairs.positive[own].tolist()]
+            expected["/even"] = np.mean([1 / int(n) for n in rivals])
+            for part, value in expected.items():
+                np.testing.assert_allclose(found[start + part], value, rtol=1e-5)
+            of_group = (users == who) & batch.observed[:, index]  # the head scores all of the batch
+            rate = batch.positive[of_group, index].float().mean()
+            np.testing.assert_allclose(found[f"negative_weights/base_rate/{name}/{who}"], rate, rtol=1e-5)
     assert not [name for name in found if "pre_ranking_ns" in name]  # this log has no stages
     assert torch.is_grad_enabled()
 
