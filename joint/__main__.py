@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "measure a run again",
     "cascade": "a run's funnel, stage by stage",
     "predict": "a run's scores and lists, as Parquet",
+    "weights": "what a run's adaptive weights of negatives were",
     "compare": "variants by seeds and worlds, with tests",
 }
 

@@ -17,6 +17,7 @@ from joint.schema import GROUPS
 
 PREFIX = "negative_weights/"
 STAGES = tuple(GROUPS)  # from the easiest negatives to the hardest
+SMOOTH = 10
 LINES = {"matching_ns": ("#0072B2", "-"), "pre_ranking_ns": ("#E69F00", "--"), "ranking_ns": ("#D55E00", ":")}
 
 
@@ -78,14 +79,14 @@ def picture(logged: pd.DataFrame, path: Path) -> None:
     weights = logged[logged["part"].eq("weight") & logged["stage"].ne("base_rate")]
     tasks = weights["task"].unique()
     with mpl.rc_context(STYLE | {"axes.grid.axis": "y"}):
-        figure = Figure(figsize=(WIDTH, 5), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 5.5), layout="constrained")
         panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
         for axes, task in zip(panels, tasks, strict=True):
             _panel(axes, weights[weights["task"] == task], str(task))
         panels[0].set_ylim(bottom=0)
-        panels[0].legend(frameon=False)
         figure.suptitle("Mean weight of a negative, by the stage it comes from", x=0.01, ha="left", fontsize=18)
-        figure.supxlabel("step", fontsize=15)
+        figure.supxlabel(f"step (thin: one batch; thick: mean of the last {SMOOTH} that were logged)", fontsize=15)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
         figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
@@ -94,4 +95,6 @@ def _panel(axes: Axes, weights: pd.DataFrame, task: str) -> None:
     for stage in (stage for stage in STAGES if (weights["stage"] == stage).any()):
         by_step = weights[weights["stage"] == stage].groupby("step")["value"].mean()
         colour, dashes = LINES[stage]
-        axes.plot(by_step.index, by_step, dashes, color=colour, linewidth=2.5, label=stage)
+        axes.plot(by_step.index, by_step, dashes, color=colour, linewidth=1, alpha=0.4)
+        smooth = by_step.rolling(SMOOTH, min_periods=1).mean()
+        axes.plot(by_step.index, smooth, dashes, color=colour, linewidth=3, label=stage)
