@@ -12,6 +12,8 @@ from joint.funnel_metrics import funnel, served, top_k, true_rewards
 from joint.metrics import PerRequest
 from joint.ranks import request_sums
 
+CANDIDATES = "logged/candidates"  # the metric that says how many a request has
+
 
 def logged_funnel(
     scores: Mapping[str, Tensor],
@@ -22,7 +24,7 @@ def logged_funnel(
 ) -> dict[str, PerRequest]:
     """What each stage leaves of all that the log holds, and what the ten are truly worth; names as over a corpus.
 
-    Favourites are the ten that are best among the logged candidates, no head could have found others.
+    Favourites are the ten that are best among the logged candidates: no head could have found others.
 
     Args:
         scores: head -> its fused scores `[N]`; quotas: head -> how many it keeps, in the funnel's order.
@@ -32,7 +34,8 @@ def logged_funnel(
     wanted = {"positives": positive}
     if "ranking" in scores:
         wanted["teacher_favourites"] = top_k(scores["ranking"], offsets, LIST)
-    found: dict[str, PerRequest] = {}
+    sizes = offsets.diff()
+    found = {CANDIDATES: PerRequest.of(sizes, torch.ones_like(sizes))}
     if truth is not None:
         wanted["true_favourites"] = top_k(truth, offsets, LIST)
         lists = {head: top_k(score, offsets, LIST) for head, score in scores.items()}

@@ -95,6 +95,7 @@ def table(config: Config, found: Mapping[str, float]) -> str:
 def funnel_table(config: Config, found: Mapping[str, float], costs: Mapping[str, Cost], *, corpus: int) -> str:
     """Stage by stage: what it scores and keeps, whose favourites are left, the worth of its own ten, what it costs.
 
+    `corpus`: what the first stage scores, the pool or without a retrieval head the logged candidates of a request.
     Multiply-adds of a request: the user side, and for every candidate what is left to do when items are cached.
     """
     columns = ["positives", "teacher_favourites", "true_favourites", f"true_reward@{LIST}"]

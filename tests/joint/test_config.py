@@ -115,6 +115,8 @@ def test_all_mistakes_come_at_once(config_path, dataset):
 def test_the_funnel_begins_with_retrieval(config_path, dataset):
     text = message(config_path, dataset.schema, "evaluation.quotas.retrieval=null")
     assert "expected in the funnel's order, from retrieval on; found pre_ranking, ranking" in text
+    without = ["heads.retrieval=null", "objectives.retrieve=null"]
+    check(config_path, dataset.schema, *without, "evaluation.quotas.retrieval=null")  # over the logged candidates
 
 
 def test_a_moved_run_or_dataset_is_the_same_config(config_path):

@@ -27,6 +27,7 @@ def test_what_is_left_and_what_it_is_worth() -> None:
 
 def test_without_a_truth_or_a_teacher_or_quotas() -> None:
     found = logged_funnel({"pre_ranking": STUDENT}, {"pre_ranking": 3}, POSITIVE, OFFSETS, None)
-    assert list(found) == ["funnel/pre_ranking/recall@3"]
+    assert list(found) == ["logged/candidates", "funnel/pre_ranking/recall@3"]
+    assert found["logged/candidates"].total.tolist() == [4, 0, 2]
     alone = logged_funnel({"pre_ranking": STUDENT}, {}, POSITIVE, OFFSETS, WORTH)
-    assert list(alone) == ["pre_ranking/true_reward@10"]
+    assert list(alone) == ["logged/candidates", "pre_ranking/true_reward@10"]
