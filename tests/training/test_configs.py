@@ -17,7 +17,6 @@ import torch
 import yaml
 
 import joint
-from benchmarks.recflow_days import make_day, write_day
 from joint import settings, sources
 from joint.comparison.ablation import read_ablation
 from joint.config import load_config
@@ -26,7 +25,6 @@ from joint.data.dataset import Dataset
 from joint.data.loader import Loader
 from joint.data.order import Position
 from joint.data.planted.simulate import parameters_of, simulate
-from joint.data.recflow.reader import prepare_recflow
 from joint.distributed import process_group
 from joint.evaluation import evaluator_of
 from joint.experiment import Config
@@ -53,9 +51,6 @@ def data(tmp_path_factory: pytest.TempPathFactory, dataset_path: Path) -> Path:
         parameters = parameters_of(world, "small", ["requests=180", "users=40", f"competitors={competitors}"])
         simulate(here / "worlds" / f"{name}-0", parameters, seed=0, world=world)
     (here / "ml-100k").symlink_to(dataset_path)
-    for day in ("2024-02-02", "2024-02-03", "2024-02-04", "2024-02-05"):
-        write_day(here / "release", day, make_day(day, 24, users=6, videos=200, ranked=30))
-    prepare_recflow(here / "release", here / "recflow", jobs=1, competitors=10)
     return here
 
 
