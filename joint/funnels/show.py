@@ -82,6 +82,8 @@ def _quotas(opened: Opened) -> Quotas:
     quotas = opened.evaluator.config.evaluation.quotas
     if not quotas:
         raise ConfigError(f"{opened.run.path}: evaluation.quotas names no stage, so there is no funnel")
+    if "retrieval" not in quotas:
+        raise ConfigError(f"{opened.run.path}: no retrieval head, so its funnel is in joint.evaluate's table alone")
     return quotas
 
 
