@@ -187,7 +187,7 @@ class Evaluator:
         """Random items that no stage of the log holds, the same for every model: SDCL's Matching NS."""
         keys = draw(0, requests.scalars("request_id"))
         drawn = self.eligibility.random(requests, RANDOM, keys, but=candidates.items, uniform=True)
-        return self._run(requests, unlabelled(drawn, self.assembler.dataset.schema.labels), self.heads)
+        return self.run(requests, unlabelled(drawn, self.assembler.dataset.schema.labels), self.heads)
 
     def _orders(self, requests: Requests, candidates: Candidates) -> dict[str, Tensor]:
         """Whose order of the logged candidates there is, besides that of the own teacher: whose -> `[N]`."""

@@ -40,7 +40,7 @@ def test_the_auc_against_random_items_is_of_positives_alone(configure, assemble,
     requests = assembler.dataset.read_split("test")
     candidates = logged(requests, assembler.dataset)
     with torch.no_grad():
-        batch, outputs = evaluator._run(requests, candidates, evaluator.heads)
+        batch, outputs = evaluator.run(requests, candidates, evaluator.heads)
         _, others = evaluator._random(requests, candidates)
     for index, task in enumerate(("like", "fine")):
         positive = outputs["ranking"].logits[batch.positive[:, index], index]

@@ -26,14 +26,17 @@ from joint.data.loader import Loader
 from joint.data.order import Position
 from joint.data.planted.simulate import parameters_of, simulate
 from joint.distributed import process_group
+from joint.errors import ConfigError
 from joint.evaluation import evaluator_of
 from joint.experiment import Config
 from joint.features import Plan
 from joint.fit import check_against
 from joint.optimizers import build_optimizer
 from joint.pipeline import build_pipeline
+from joint.prediction import predict
 from joint.schema import read_schema
 from joint.task import build_task
+from joint.train import main
 from towers.mixtures import set_step
 
 CONFIGS = Path(joint.__file__).parents[1] / "configs"
@@ -51,6 +54,11 @@ def data(tmp_path_factory: pytest.TempPathFactory, dataset_path: Path) -> Path:
         parameters = parameters_of(world, "small", ["requests=180", "users=40", f"competitors={competitors}"])
         simulate(here / "worlds" / f"{name}-0", parameters, seed=0, world=world)
     (here / "ml-100k").symlink_to(dataset_path)
+    for model in ("rra", "rra_base"):  # the teachers that RRA's Table 1 learns from offline
+        world, runs = here / "worlds" / "biased-0", tmp_path_factory.mktemp("teachers")
+        assert main([str(CONFIGS / "papers" / f"{model}.yaml"), f"data.path={world}", f"run.dir={runs}"]) == 0
+        out = here / "teachers" / model / world.name
+        predict(runs / model, world, out, splits=["train"], heads=["ranking"], k=0)
     return here
 
 
@@ -118,6 +126,16 @@ def test_a_config_trains_three_steps_and_measures_what_it_names(name: str, seen:
 def seen() -> dict[str, set[str]]:
     """Configs that have been trained already, and what they measure: many a variant is another's base."""
     return {}
+
+
+def test_without_its_teachers_a_table_is_refused_before_anything_runs(tmp_path: Path, data: Path) -> None:
+    (tmp_path / "data").unlink()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "worlds").symlink_to(data / "worlds")
+    with pytest.raises(ConfigError) as caught:
+        read_ablation(CONFIGS / "ablations" / "rra_table1.yaml")
+    assert "predict.json: not found; expected what joint.predict RUN" in str(caught.value)
+    assert "(variant base_offline)" in str(caught.value)
 
 
 def train(config: Config, seen: dict[str, set[str]]) -> set[str]:
