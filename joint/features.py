@@ -7,40 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from joint.experiment import Config, Cross, Encoder, Table, heads_of
+from joint.data.cross import Cross
+from joint.experiment import Config, Encoder, Table, heads_of
+from joint.keys import HeadSide, Key, Reads
 from joint.objectives import ItemViews, MultiClass
 from joint.schema import Feature, Schema
 from towers.embeddings import TableShape, width_name
 from towers.sequence import TargetAttention
-
-Side = Literal["request", "candidate", "pool", "history", "competitors", "cross"]
-HeadSide = Literal["request", "candidate", "pool"]
-
-
-@dataclass(frozen=True)
-class Key:
-    """One list of ids (or floats) a request: a feature, seen from one side."""
-
-    side: Side
-    feature: Feature
-    history: str = ""
-    owner: str = ""  # the head whose own table it reads; '' is the shared one
-
-    @property
-    def name(self) -> str:
-        """`user_id`, `candidate.genres`, `pool.item_id`, `liked.item_id`, `liked.competitors.item_id`."""
-        parts = [self.history, "" if self.side in ("request", "history", "cross") else self.side, self.feature.name]
-        return ".".join(part for part in parts if part) + (f"@{self.owner}" if self.owner else "")
-
-    @property
-    def embedded(self) -> bool:
-        """Whether a table is looked up, rather than numbers passed on."""
-        return self.feature.kind in ("id", "ids")
-
-    @property
-    def table(self) -> str:
-        """The table it reads."""
-        return self.feature.space + (f"@{self.owner}" if self.owner else "")
 
 
 @dataclass(frozen=True)
@@ -103,6 +76,13 @@ class Plan:
         for reader in [*readers, *self.crosses.values()]:
             lengths[reader.history] = max(reader.length, lengths.get(reader.history, 0))
         return lengths
+
+    @cached_property
+    def reads(self) -> Reads:
+        """What the loader reads for all heads."""
+        competed = {key.history for key in self.keys if key.side == "competitors"}
+        competitors = {name: self.schema.history(name).competitors for name in sorted(competed)}
+        return Reads(self.keys, self.history_lengths, competitors, self.crosses)
 
     @cached_property
     def pool_spaces(self) -> frozenset[str]:
@@ -198,14 +178,18 @@ class Plan:
             yield from self.head_keys(head, "candidate")
             if head == "retrieval":
                 yield from self.head_keys(head, "pool")
-        for reading in self.readings.values():
-            encoder, owner = reading.encoder, reading.owner
-            for name in encoder.features:
-                feature = self.schema.feature(name)
-                yield Key("history", feature, encoder.history, owner)
-                if reading.per_candidate:
-                    yield Key("candidate", feature, owner=owner)
-                if encoder.competing:
-                    yield Key("competitors", feature, encoder.history, owner)
-            for name in encoder.events:
-                yield Key("history", self.schema.feature(name), encoder.history, owner)
+        for name in self.readings:
+            yield from self.reading_keys(name)
+
+    def reading_keys(self, name: str) -> Iterator[Key]:
+        """What an encoder looks up, and where it sees the candidate, of the candidate too."""
+        encoder, owner = self.readings[name].encoder, self.readings[name].owner
+        for feature_name in encoder.features:
+            feature = self.schema.feature(feature_name)
+            yield Key("history", feature, encoder.history, owner)
+            if self.readings[name].per_candidate:
+                yield Key("candidate", feature, owner=owner)
+            if encoder.competing:
+                yield Key("competitors", feature, encoder.history, owner)
+        for event in encoder.events:
+            yield Key("history", self.schema.feature(event), encoder.history, owner)

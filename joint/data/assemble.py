@@ -20,7 +20,8 @@ from joint.data.ragged import Ragged
 from joint.data.requests import Requests
 from joint.data.sampling import Candidates
 from joint.experiment import Task
-from joint.features import Key, Plan
+from joint.features import Plan
+from joint.keys import Key
 from joint.objectives import head_spaces, stage_mask
 from joint.schema import Stage, table_rows
 
@@ -56,7 +57,7 @@ class Assembler:
                 scores those that its objectives need.
             latest: task -> the latest request (UNIX seconds) whose feedback was known in time (training).
         """
-        columns = Columns(self.plan, self.dataset, requests, candidates.items, pool.items)
+        columns = Columns(self.plan.reads, self.dataset.catalogue, requests, candidates.items, pool.items)
         unknown = 0
         values: dict[Key, Ragged] = {}
         inner: dict[str, Tensor] = {}
