@@ -1,0 +1,186 @@
+"""Golden requests: made up, no user's; and what the training forward answers them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from joint.cascade import top_k
+from joint.data.assemble import logged
+from joint.data.dataset import Dataset
+from joint.data.order import Position
+from joint.data.pool import NO_POOL, PoolItems
+from joint.data.ragged import Ragged, offsets_of
+from joint.data.requests import Column, Requests
+from joint.data.sampling import unlabelled
+from joint.evaluation import Evaluator
+from joint.features import Plan
+from joint.fusion import fuse
+from joint.outputs import Outputs
+from joint.schema import Feature, day_name, day_number
+from towers.retrieval import RetrievalHead
+
+COUNT = 16
+GIVEN = 64  # candidates of a request where nothing retrieves
+SAMPLE = 256  # items whose vectors are compared
+Answers = dict[str, np.ndarray]
+
+
+def synthetic_requests(plan: Plan, dataset: Dataset, count: int = COUNT, seed: int = 0) -> Requests:
+    """Made-up requests on the dataset's last day: every kind of history, no, one, as many as are read, and more;
+    first all of the largest ids, then all unknown, then any."""
+    rng = np.random.default_rng(seed)
+    schema = dataset.schema
+    day = max(day_number(part.day) for part in schema.parts)
+    columns: dict[str, Column] = {
+        "request_id": np.arange(count),
+        "timestamp": np.full(count, day * 86_400),
+        "group": rng.integers(0, 5, count),
+        "day": np.full(count, day, np.int32),
+        "candidates": _empty(count, np.int32),
+        "stages": _empty(count, np.uint16),
+        **{label: _empty(count, np.float32) for label in schema.labels},
+    }
+    for feature in schema.features:
+        if feature.level == "request":
+            columns[feature.name] = _feature(feature, rng, count)
+    there = np.flatnonzero(dataset.first_day[""] <= day)
+    for history in schema.histories:
+        longest = plan.history_lengths.get(history.name, 1)
+        lengths = rng.integers(0, longest + 1, count)
+        lengths[: min(5, count)] = [0, longest, longest + 3, 1, longest][:count]
+        past = Ragged(rng.choice(there, lengths.sum()).astype(np.int32), offsets_of(lengths))
+        columns[history.name] = past
+        for event in history.events:
+            columns[f"{history.name}.{event}"] = past.with_values(_values(schema.feature(event), rng, lengths.sum()))
+        if history.competitors:
+            others = rng.choice(np.append(there, -1), lengths.sum() * history.competitors).astype(np.int32)
+            columns[f"{history.name}.competitors"] = Ragged(others, offsets_of(lengths * history.competitors))
+    return Requests(columns)
+
+
+def _empty(count: int, dtype: type) -> Ragged:
+    return Ragged(np.zeros(0, dtype), np.zeros(count + 1, np.int64))
+
+
+def _values(feature: Feature, rng: np.random.Generator, count: int) -> np.ndarray:
+    if feature.kind in ("id", "ids"):
+        return rng.integers(0, max(feature.size, 1), count)
+    return rng.standard_normal(count).astype(np.float32)
+
+
+def _feature(feature: Feature, rng: np.random.Generator, count: int) -> Column:
+    match feature.kind:
+        case "id":
+            ids = _values(feature, rng, count)
+            ids[:2] = [max(feature.size - 1, 0), 0][:count]
+            return ids
+        case "ids":
+            lengths = rng.integers(0, 4, count)
+            return Ragged(_values(feature, rng, lengths.sum()), offsets_of(lengths))
+        case "vector":
+            return Ragged(_values(feature, rng, count * feature.size), np.arange(count + 1) * feature.size)
+        case _:
+            return _values(feature, rng, count)
+
+
+def as_json(
+    requests: Requests, fields: Sequence[str], words: Mapping[str, Sequence[object]], schema_of: Mapping[str, Feature],
+    item_ids: Sequence[object],
+) -> list[dict[str, Any]]:
+    """The requests as a client would send them: words for ids, null for the unknown.
+
+    Args:
+        words: id space -> its words; a space without comes with its ids.
+        schema_of: field -> its feature; a field without one holds items.
+        item_ids: the id of every item, as the log has it.
+    """
+
+    def word(feature: Feature | None, value: float) -> object:
+        if feature is None:
+            return item_ids[int(value)] if value >= 0 else None
+        if feature.kind in ("float", "vector"):
+            return float(value)
+        if feature.space not in words:
+            return int(value)
+        return words[feature.space][int(value) - 1] if value > 0 else None
+
+    found: list[dict[str, Any]] = []
+    for row in range(len(requests)):
+        asked: dict[str, Any] = {"day": day_name(requests.scalars("day")[row]), "group": int(requests.scalars("group")[row])}
+        for name in fields:
+            column, feature = requests.columns[name], schema_of.get(name)
+            if isinstance(column, Ragged):
+                values = [word(feature, value) for value in column.values[column.offsets[row] : column.offsets[row + 1]]]
+                each = len(values) // max(1, len(asked.get(name.removesuffix(".competitors"), [])))
+                competed = name.endswith(".competitors") and each
+                asked[name] = [values[at : at + each] for at in range(0, len(values), each)] if competed else values
+            else:
+                asked[name] = word(feature, column[row])
+        found.append(asked)
+    return found
+
+
+@torch.no_grad()
+def training_answers(
+    evaluator: Evaluator, requests: Requests, heads: Sequence[str], quotas: Mapping[str, int], k: int
+) -> Answers:
+    """What the training forward gives: vectors, and stage by stage the candidates and scores of every request.
+
+    `rows`, `v`, `u`; and of request i `retrieval.rows.i` (ascending) and `.scores.i`, for each later head the candidates
+    that reach it and their scores, and `final.rows.i` and `scores.i`, best first.
+    """
+    config, corpus = evaluator.config, evaluator.eligibility.corpus
+    tasks, answers = list(config.tasks), Answers()
+    free = evaluator.eligibility.mask(requests)
+    if "retrieval" in heads:
+        outputs = _forward(evaluator, requests, heads, PoolItems.corpus(corpus))
+        output = outputs["retrieval"]
+        assert output.user is not None and output.pool is not None
+        chosen = np.linspace(0, len(corpus) - 1, min(SAMPLE, len(corpus))).astype(np.int64)
+        answers |= {"rows": corpus[chosen], "v": output.pool.vectors[chosen].numpy(), "u": output.user.numpy()}
+        # Every task's logit of every item, then the weights: what the served vectors have to agree with.
+        logits = torch.einsum("rtd,cd->rct", output.user, output.pool.vectors)
+        fused = fuse(evaluator.heads["retrieval"], tasks, logits).where(torch.from_numpy(free), -torch.inf)
+        kept = np.zeros_like(free)
+        np.put_along_axis(kept, fused.topk(min(quotas["retrieval"], len(corpus)), dim=1).indices.numpy(), True, axis=1)
+        kept &= free
+    else:
+        fused = torch.zeros(free.shape)
+        kept = free & (np.cumsum(free, axis=1) <= GIVEN)
+    row, column = np.nonzero(kept)
+    items = Ragged(corpus[column], offsets_of(kept.sum(axis=1)))
+    scores = fused[torch.from_numpy(row), torch.from_numpy(column)]
+    _keep(answers, "retrieval", items, scores)
+    for head in heads[1:] if heads[0] == "retrieval" else heads:
+        logits_ = _forward(evaluator, requests, heads, None, items)[head].logits
+        scores = fuse(evaluator.heads[head], tasks, logits_)
+        _keep(answers, head, items, scores)
+        if head != heads[-1]:
+            alive = top_k(scores, torch.from_numpy(items.offsets), quotas[head]).numpy()
+            items, scores = items.keep(alive), scores[torch.from_numpy(alive)]
+    for place in range(len(items)):
+        part = slice(int(items.offsets[place]), int(items.offsets[place + 1]))
+        best = np.argsort(-scores[part].numpy(), kind="stable")[:k]
+        answers |= {f"final.{place}": items.values[part][best], f"scores.{place}": scores[part].numpy()[best]}
+    return answers
+
+
+def _forward(
+    evaluator: Evaluator, requests: Requests, heads: Sequence[str], pool: PoolItems | None, items: Ragged | None = None
+) -> Outputs:
+    assembler = evaluator.assembler
+    candidates = logged(requests, assembler.dataset) if items is None else unlabelled(items, assembler.dataset.schema.labels)
+    batch = assembler(requests, candidates, pool or NO_POOL, position=Position(), scoring=heads)
+    return evaluator.forward(batch.to(evaluator.device))
+
+
+def _keep(answers: Answers, stage: str, items: Ragged, scores: Tensor) -> None:
+    for place in range(len(items)):
+        part = slice(int(items.offsets[place]), int(items.offsets[place + 1]))
+        answers[f"{stage}.rows.{place}"] = items.values[part].astype(np.int64)
+        answers[f"{stage}.scores.{place}"] = scores[part].numpy().astype(np.float32)

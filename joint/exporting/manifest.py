@@ -1,0 +1,141 @@
+"""What `manifest.json` says, put together from the plan, the run and the graphs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from joint import __version__
+from joint.experiment import heads_of
+from joint.exporting.graphs import input_name
+from joint.features import Plan
+from joint.files import write_whole
+from joint.fusion import fusion_weights
+from joint.keys import Key, Reads
+from joint.run import RunDirectory
+from joint.schema import table_rows
+from joint.serving.manifest import FORMAT, FORMAT_VERSION, NAME, hash_of, sha256
+from towers.retrieval import Retrieval
+
+KINDS = {"id": "id", "ids": "bag", "float": "dense", "vector": "dense"}
+HASH = "row = id where 0 <= id < num_embeddings, otherwise oov"
+QUOTAS = {"retrieval": 500, "pre_ranking": 100, "ranking": 10}  # of a config that names none
+
+
+def features(plan: Plan, keys: Sequence[Key], lengths: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Every input that is looked up or passed on, once, with the tables that it is looked up in."""
+    found: dict[str, dict[str, Any]] = {}
+    rows = {table.name: table.rows for table in plan.tables}
+    for key in keys:
+        said = found.setdefault(input_name(key), _feature(plan, key, lengths))
+        if key.embedded and key.table not in said["tables"]:
+            said["tables"].append(key.table)
+            said["num_embeddings"] = rows[key.table]
+            said["test"] = [[i, int(table_rows(_array(i), rows[key.table])[0][0])] for i in (1, rows[key.table], -1)]
+    return list(found.values())
+
+
+def _array(value: int) -> Any:
+    import numpy as np
+
+    return np.array([value])
+
+
+def _feature(plan: Plan, key: Key, lengths: Mapping[str, int]) -> dict[str, Any]:
+    feature, past = key.feature, key.side in ("history", "competitors")
+    said = {
+        "name": input_name(key),
+        "side": key.side,
+        "feature": feature.name,
+        "history": key.history,
+        "level": feature.level,
+        "kind": "sequence" if past else KINDS[feature.kind],
+        "values": feature.kind,
+        "dtype": "int64" if key.embedded else "float32",
+        "space": feature.space,
+        "size": feature.size,
+        "width": plan.dim(feature) if feature.space in plan.config.tables or not key.embedded else 1,
+        "tables": [],
+        "default": 0,
+    }
+    if key.embedded:
+        said |= {"hash": HASH, "oov": 0, "pooling": "mean" if feature.kind == "ids" else "none"}
+    return said | ({"max_len": lengths[key.history], "truncate": "keep_last"} if past else {})
+
+
+def histories(plan: Plan, reads: Sequence[Reads], not_eligible: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The histories that a request brings: those that graphs read, and those whose items are not recommended again."""
+    lengths: dict[str, int] = {}
+    for one in reads:
+        for name, length in one.lengths.items():
+            lengths[name] = max(length, lengths.get(name, 0))
+    keys = [key for one in reads for key in one.keys]
+    found = {}
+    for name in dict.fromkeys([*lengths, *not_eligible]):
+        events = [k.feature.name for k in keys if k.history == name and k.feature.level == "event"]
+        competed = any(name in one.competitors for one in reads)
+        found[name] = {
+            "length": lengths.get(name, 0),
+            "events": sorted(set(events)),
+            "competitors": plan.schema.history(name).competitors if competed else 0,
+        }
+    return found
+
+
+def fusion(plan: Plan, heads: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Per head the weight of each task, for all and by user group, and what of a task's logit is weighed."""
+    tasks, found = list(plan.config.tasks), {}
+    for name in heads:
+        head = heads_of(plan.config)[name]
+        of = {} if isinstance(head, Retrieval) else head.fusion_of
+        by_group: Mapping[str, Mapping[str, float]] = getattr(head, "fusion_by_group", {})
+        found[name] = {
+            "space": "logit" if isinstance(head, Retrieval) else "task",
+            "default": dict(zip(tasks, fusion_weights(head, tasks), strict=True)),
+            "by_group": {group: {task: w.get(task, 0.0) for task in tasks} for group, w in by_group.items()},
+            "of": {task: of.get(task, "logit") for task in tasks},
+        }
+    return found
+
+
+def model(plan: Plan, run: RunDirectory, checkpoint: Path, number: int, model_hash: str) -> dict[str, Any]:
+    """Where the export comes from."""
+    return {
+        "name": plan.config.run.name,
+        "version": number,
+        "model_hash": model_hash,
+        "checkpoint": checkpoint.name,
+        "checkpoint_sha256": hash_of(sorted(path for path in checkpoint.rglob("*") if path.is_file())),
+        "dataset_hash": plan.schema.hash,
+        "joint": __version__,
+        "torch": version("torch"),
+        "torchrec": version("torchrec"),
+    }
+
+
+def metrics(run: RunDirectory) -> dict[str, float]:
+    """What the run was measured to be, but for what is of one user group; nothing where it was not measured."""
+    if not run.evaluation.is_file():
+        return {}
+    found: dict[str, float] = json.loads(run.evaluation.read_text())
+    return {name: value for name, value in found.items() if not name.startswith(("group/", "baselines/"))}
+
+
+def crosses(reads: Reads) -> dict[str, dict[str, Any]]:
+    """The cross features that the ranking graph takes, as declared."""
+    return {name: asdict(cross) for name, cross in reads.crosses.items()}
+
+
+def write_manifest(folder: Path, said: Mapping[str, Any]) -> None:
+    """Write the manifest, with the size and SHA-256 of every other file in the folder."""
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != NAME
+    }
+    whole = {"format": FORMAT, "format_version": FORMAT_VERSION, **said, "files": files}
+    write_whole(folder / NAME, json.dumps(whole, indent=1))

@@ -1,0 +1,53 @@
+"""The index of a pool: its items by the inner product of their vectors with the user's."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from joint.serving.errors import ExportError
+from joint.serving.items import Items
+from joint.serving.manifest import Manifest, inside
+
+try:
+    import faiss
+except ImportError:  # a plain matrix product does, up to some hundred thousand items
+    faiss = None
+
+
+class Index:
+    """Best items first. Without faiss the search is exact and by numpy, whatever kind the file is.
+
+    Raises:
+        ExportError: there is none for this pool, or it is of another model or another number of items.
+    """
+
+    def __init__(self, manifest: Manifest, items: Items, pool: str) -> None:
+        known = manifest.json["items"]["index"]
+        if pool not in known:
+            raise ExportError(f"{manifest.folder}: no index for pool {pool!r}; found: {', '.join(map(repr, known))}")
+        path = inside(manifest.folder, known[pool]["file"])
+        said: dict[str, Any] = json.loads(inside(manifest.folder, known[pool]["sidecar"]).read_text())
+        manifest.check_model(said["model_hash"], path)
+        self.rows = items.of_pool(pool)
+        whole = len(self.rows) == len(items)
+        self.vectors = items.vectors["v"] if whole else items.vectors["v"][self.rows]
+        self.index = None
+        if faiss is not None:
+            self.index = faiss.read_index(str(path))
+            if self.index.ntotal != len(self.rows) or self.index.d != self.vectors.shape[1]:
+                raise ExportError(f"{path}: holds {self.index.ntotal} vectors of width {self.index.d}; mixed versions?")
+
+    def search(self, query: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of the `count` best items for a user vector `[D]`, and their scores; fewer where the pool is less."""
+        count = min(count, len(self.rows))
+        if self.index is not None:
+            scores, found = self.index.search(query[None].astype(np.float32), max(count, 1))
+            there = found[0] >= 0  # where an approximate search found fewer
+            return self.rows[found[0][there]], scores[0][there]
+        scores = self.vectors @ query
+        best = np.argpartition(-scores, count - 1)[:count] if 0 < count < len(scores) else np.arange(count)
+        best = best[np.argsort(-scores[best], kind="stable")]
+        return self.rows[best], scores[best]
