@@ -23,7 +23,15 @@ MAY_IMPORT = {
         *("fbgemm_gpu", "tqdm", "scipy", "matplotlib"),  # TorchRec brings tqdm; the last two are the extra [report]
     },
 }
-WITHOUT_TORCH = ("joint.schema", "joint.data.ragged", "joint.versions", "joint.settings", "joint.errors", "joint.data.columns", "joint.data.eligibility")
+WITHOUT_TORCH = (
+    "joint.schema",
+    "joint.data.ragged",
+    "joint.versions",
+    "joint.settings",
+    "joint.errors",
+    "joint.data.columns",
+    "joint.data.eligibility",
+)
 LONGEST_FILE, LONGEST_FUNCTION = 400, 80
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -18,13 +22,23 @@ from joint.data.ragged import Ragged, offsets_of
 from joint.data.requests import Column, Requests
 from joint.data.sampling import unlabelled
 from joint.evaluation import Evaluator
+from joint.exporting.tables import Precision
 from joint.features import Plan
+from joint.files import write_whole
 from joint.fusion import fuse
+from joint.measure import open_model
 from joint.outputs import Outputs
-from joint.schema import Feature, day_name, day_number
-from towers.retrieval import RetrievalHead
+from joint.schema import Feature, Schema, day_name, day_number
+
+if TYPE_CHECKING:
+    from joint.exporting.build import Source
 
 COUNT = 16
+K = 10
+# How far answers may be from the training forward's, as a part of the scale of what is compared, and the least share of
+# their ids that agree.
+TOLERANCE: dict[Precision, tuple[float, float]] = {"fp32": (1e-5, 1.0), "fp16": (5e-3, 0.9), "int8": (5e-2, 0.7)}
+APPROXIMATE = 0.9  # the least share that an approximate index has to find, beside its gate
 GIVEN = 64  # candidates of a request where nothing retrieves
 SAMPLE = 256  # items whose vectors are compared
 Answers = dict[str, np.ndarray]
@@ -88,51 +102,84 @@ def _feature(feature: Feature, rng: np.random.Generator, count: int) -> Column:
             return _values(feature, rng, count)
 
 
+def write_golden(
+    source: Source, folder: Path, said: Mapping[str, Any], ids: pa.Array, words: Mapping[str, pa.Array]
+) -> dict[str, Any]:
+    """Write golden requests and answers; returns what the manifest says of them."""
+    requests = synthetic_requests(source.plan, source.dataset)
+    with open_model(source.run.path, []) as opened:
+        quotas = {head: max(K, quota) for head, quota in said["quotas"].items()}
+        answers = training_answers(opened.evaluator, requests, source.heads, quotas)
+    for place in range(len(requests)):
+        answers[f"ids.{place}"] = np.array(ids.take(pa.array(answers.pop(f"final.{place}"))).to_pylist())
+    (folder / "selfcheck").mkdir()
+    np.savez_compressed(folder / "selfcheck/golden.npz", **answers)  # type: ignore[arg-type]
+    schema = source.plan.schema
+    write_whole(folder / "selfcheck/request.json", json.dumps(as_json(requests, said, schema, ids, words), indent=1))
+    tolerance, overlap = TOLERANCE[source.choices.precision]
+    if any(entry["kind"] != "flat" for entry in said["items"]["index"].values()):
+        overlap = min(overlap, APPROXIMATE)
+    stages = [f"{head}.{what}" for head in ("retrieval", *source.heads) for what in ("rows", "scores")]
+    return {
+        "file": "selfcheck/golden.npz",
+        "requests": "selfcheck/request.json",
+        "answers": list(dict.fromkeys([*stages, "ids", "scores"])),
+        "k": K,
+        "tolerance": tolerance,
+        "overlap": overlap,
+    }
+
+
 def as_json(
-    requests: Requests, fields: Sequence[str], words: Mapping[str, Sequence[object]], schema_of: Mapping[str, Feature],
-    item_ids: Sequence[object],
+    requests: Requests, said: Mapping[str, Any], schema: Schema, ids: pa.Array, words: Mapping[str, pa.Array]
 ) -> list[dict[str, Any]]:
-    """The requests as a client would send them: words for ids, null for the unknown.
+    """The requests as a client would send them: items and words as the log has them, null for the unknown."""
+    names = {s["feature"] for s in said["features"] if s["level"] == "request"}
+    columns: dict[str, list[Any]] = {
+        "day": [day_name(day) for day in requests.scalars("day")],
+        "group": requests.scalars("group").tolist(),
+    }
+    for name in sorted(names):
+        columns[name] = _told(requests.columns[name], schema.feature(name), words)
+    item_ids = ids.to_pylist()
+    for name, history in said["histories"].items():
+        past = requests.lists(name)
+        columns[name] = _lists(past, [item_ids[item] for item in past.values])
+        for event in history["events"]:
+            columns[f"{name}.{event}"] = _told(requests.columns[f"{name}.{event}"], schema.feature(event), words)
+        if each := history["competitors"]:
+            others = requests.lists(f"{name}.competitors").values
+            told = [item_ids[item] if item >= 0 else None for item in others]
+            events = [told[at : at + each] for at in range(0, len(told), each)]
+            columns[f"{name}.competitors"] = _lists(past, events)
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
-    Args:
-        words: id space -> its words; a space without comes with its ids.
-        schema_of: field -> its feature; a field without one holds items.
-        item_ids: the id of every item, as the log has it.
-    """
 
-    def word(feature: Feature | None, value: float) -> object:
-        if feature is None:
-            return item_ids[int(value)] if value >= 0 else None
-        if feature.kind in ("float", "vector"):
-            return float(value)
-        if feature.space not in words:
-            return int(value)
-        return words[feature.space][int(value) - 1] if value > 0 else None
+def _lists(shape: Ragged, values: list[Any]) -> list[Any]:
+    return [values[begin:end] for begin, end in itertools.pairwise(shape.offsets.tolist())]
 
-    found: list[dict[str, Any]] = []
-    for row in range(len(requests)):
-        asked: dict[str, Any] = {"day": day_name(requests.scalars("day")[row]), "group": int(requests.scalars("group")[row])}
-        for name in fields:
-            column, feature = requests.columns[name], schema_of.get(name)
-            if isinstance(column, Ragged):
-                values = [word(feature, value) for value in column.values[column.offsets[row] : column.offsets[row + 1]]]
-                each = len(values) // max(1, len(asked.get(name.removesuffix(".competitors"), [])))
-                competed = name.endswith(".competitors") and each
-                asked[name] = [values[at : at + each] for at in range(0, len(values), each)] if competed else values
-            else:
-                asked[name] = word(feature, column[row])
-        found.append(asked)
-    return found
+
+def _told(column: Column, feature: Feature, words: Mapping[str, pa.Array]) -> list[Any]:
+    """A feature's values, request by request, as the log has them."""
+    values = column.values if isinstance(column, Ragged) else column
+    if feature.kind in ("float", "vector"):
+        told = values.astype(float).tolist()
+    elif feature.space in words:
+        known = [None, *words[feature.space].to_pylist()]
+        told = [known[value] for value in values]
+    else:
+        told = [int(value) if value else None for value in values]
+    return _lists(column, told) if isinstance(column, Ragged) else told
 
 
 @torch.no_grad()
 def training_answers(
-    evaluator: Evaluator, requests: Requests, heads: Sequence[str], quotas: Mapping[str, int], k: int
+    evaluator: Evaluator, requests: Requests, heads: Sequence[str], quotas: Mapping[str, int]
 ) -> Answers:
     """What the training forward gives: vectors, and stage by stage the candidates and scores of every request.
 
-    `rows`, `v`, `u`; and of request i `retrieval.rows.i` (ascending) and `.scores.i`, for each later head the candidates
-    that reach it and their scores, and `final.rows.i` and `scores.i`, best first.
+    `rows`, `v`, `u`; and of request i `retrieval.rows.i` (ascending) and `.scores.i`, for each later head the
+    candidates that reach it and their scores, and `final.rows.i` and `scores.i`, best first.
     """
     config, corpus = evaluator.config, evaluator.eligibility.corpus
     tasks, answers = list(config.tasks), Answers()
@@ -140,7 +187,8 @@ def training_answers(
     if "retrieval" in heads:
         outputs = _forward(evaluator, requests, heads, PoolItems.corpus(corpus))
         output = outputs["retrieval"]
-        assert output.user is not None and output.pool is not None
+        assert output.user is not None
+        assert output.pool is not None
         chosen = np.linspace(0, len(corpus) - 1, min(SAMPLE, len(corpus))).astype(np.int64)
         answers |= {"rows": corpus[chosen], "v": output.pool.vectors[chosen].numpy(), "u": output.user.numpy()}
         # Every task's logit of every item, then the weights: what the served vectors have to agree with.
@@ -165,7 +213,7 @@ def training_answers(
             items, scores = items.keep(alive), scores[torch.from_numpy(alive)]
     for place in range(len(items)):
         part = slice(int(items.offsets[place]), int(items.offsets[place + 1]))
-        best = np.argsort(-scores[part].numpy(), kind="stable")[:k]
+        best = np.argsort(-scores[part].numpy(), kind="stable")[:K]
         answers |= {f"final.{place}": items.values[part][best], f"scores.{place}": scores[part].numpy()[best]}
     return answers
 
@@ -174,7 +222,9 @@ def _forward(
     evaluator: Evaluator, requests: Requests, heads: Sequence[str], pool: PoolItems | None, items: Ragged | None = None
 ) -> Outputs:
     assembler = evaluator.assembler
-    candidates = logged(requests, assembler.dataset) if items is None else unlabelled(items, assembler.dataset.schema.labels)
+    candidates = (
+        logged(requests, assembler.dataset) if items is None else unlabelled(items, assembler.dataset.schema.labels)
+    )
     batch = assembler(requests, candidates, pool or NO_POOL, position=Position(), scoring=heads)
     return evaluator.forward(batch.to(evaluator.device))
 

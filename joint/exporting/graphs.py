@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from joint.data.cross import Cross
 from joint.encoding import HistoryEncoder, Rows
-from joint.experiment import HEADS
+from joint.experiment import HEADS, Encoder
 from joint.exporting.tables import QUANTISED, Precision, placeholder
 from joint.features import Plan
 from joint.keys import Key, Reads
@@ -53,7 +54,8 @@ def reads_of(plan: Plan, heads: Sequence[str]) -> Reads:
     names = {plan.reading_name(head, encoder) for head in heads for encoder in plan.head_encoders(head)}
     crosses = {key.feature.name: plan.crosses[key.feature.name] for key in keys if key.side == "cross"}
     lengths: dict[str, int] = {}
-    for reader in [*(plan.readings[name].encoder for name in sorted(names)), *crosses.values()]:
+    readers: list[Encoder | Cross] = [plan.readings[name].encoder for name in sorted(names)]
+    for reader in [*readers, *crosses.values()]:
         lengths[reader.history] = max(reader.length, lengths.get(reader.history, 0))
     competed = sorted({key.history for key in keys if key.side == "competitors"})
     competitors = {name: plan.schema.history(name).competitors for name in competed}
@@ -68,7 +70,7 @@ class Lookup(nn.Module):
 
     def __init__(self, shapes: Iterable[TableShape], precision: Precision, tables: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.rows = {shape.name: shape.rows for shape in shapes}
+        self.sizes = {shape.name: shape.rows for shape in shapes}
         self.quantised = precision == "int8"
         for shape in shapes:
             for name, tensor in placeholder(shape, precision, tables.get(shape.name)).items():
@@ -88,7 +90,7 @@ class Lookup(nn.Module):
         return total / length.clamp(min=1)
 
     def _embedded(self, table: str, ids: Tensor) -> Tensor:
-        known = torch.where((ids < 0) | (ids >= self.rows[table]), 0, ids)
+        known = torch.where((ids < 0) | (ids >= self.sizes[table]), 0, ids)
         rows = functional.embedding(known, getattr(self, table)).float()
         if not self.quantised:
             return rows
@@ -108,11 +110,17 @@ class _Side(nn.Module):
         readings = {plan.reading_name(head, encoder) for head in heads for encoder in plan.head_encoders(head)}
         self.encoders = nn.ModuleDict({name: model.encoders[name] for name in sorted(readings)})
 
+    def reading(self, name: str) -> HistoryEncoder:
+        """An encoder: the trainer's own module."""
+        encoder = self.encoders[name]
+        assert isinstance(encoder, HistoryEncoder)
+        return encoder
+
     def request(self, head: str, inputs: Inputs) -> Tensor:
         """`[B, request_dim]`, the request side of a head's input."""
         plain = [self.lookup(key, inputs) for key in self.plan.head_keys(head, "request")]
         names = [self.plan.reading_name(head, e) for e in self.plan.head_encoders(head, per_candidate=False)]
-        return torch.cat([*plain, *(self.encoders[n].encoder(*self.history(n, inputs)) for n in names)], dim=1)
+        return torch.cat([*plain, *(self.reading(n).encoder(*self.history(n, inputs)) for n in names)], dim=1)
 
     def item(self, head: str, inputs: Inputs) -> Tensor:
         """`[N, item_dim]`, the item side of a head's input, without what attends from it."""
@@ -120,8 +128,7 @@ class _Side(nn.Module):
 
     def history(self, reading: str, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """`[B, L, D]`, the newest events that an encoder reads, oldest first, and lengths `[B]`."""
-        encoder = self.encoders[reading]
-        assert isinstance(encoder, HistoryEncoder)
+        encoder = self.reading(reading)
         name, longest = encoder.config.history, encoder.config.length
         keys = [key for key in self.plan.reading_keys(reading) if key.side != "candidate"]
         rows = {key.name: self.lookup(key, inputs) for key in keys}
@@ -206,8 +213,7 @@ class Teacher(_Side):
 
     def _attended(self, encoder: str, inputs: Inputs, row: Tensor) -> Tensor:
         reading = self.plan.reading_name(HEADS[-1], encoder)
-        module = self.encoders[reading]
-        assert isinstance(module, HistoryEncoder)
+        module = self.reading(reading)
         keys = [key for key in self.plan.reading_keys(reading) if key.side == "candidate"]
         target = module.targets({key.name: self.lookup(key, inputs) for key in keys})
         return module.encoder(*self.history(reading, inputs), target, row)

@@ -65,7 +65,9 @@ def build(kind: Kind, vectors: np.ndarray) -> Any:
 def gate(kind: Kind, index: Any, exact: Any, users: np.ndarray, weights: np.ndarray) -> Gate:
     """Whether an approximate index finds what the exact one does, for users `[R, T, D]` under mixtures of the tasks."""
     if len(users) == 0 or spread(users) < SPREAD:
-        return Gate(kind, float("nan"), len(users), False, "the user vectors are all alike, so recall would say nothing")
+        return Gate(
+            kind, float("nan"), len(users), False, "the user vectors are all alike, so recall would say nothing"
+        )
     deep = min(DEEP, exact.ntotal)
     recalls = []
     for queries in mixtures(users, weights):

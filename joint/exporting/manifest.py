@@ -9,6 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from joint import __version__
 from joint.experiment import heads_of
 from joint.exporting.graphs import input_name
@@ -35,19 +39,15 @@ def features(plan: Plan, keys: Sequence[Key], lengths: Mapping[str, int]) -> lis
         if key.embedded and key.table not in said["tables"]:
             said["tables"].append(key.table)
             said["num_embeddings"] = rows[key.table]
-            said["test"] = [[i, int(table_rows(_array(i), rows[key.table])[0][0])] for i in (1, rows[key.table], -1)]
+            said["test"] = [
+                [i, int(table_rows(np.array([i]), rows[key.table])[0][0])] for i in (1, rows[key.table], -1)
+            ]
     return list(found.values())
-
-
-def _array(value: int) -> Any:
-    import numpy as np
-
-    return np.array([value])
 
 
 def _feature(plan: Plan, key: Key, lengths: Mapping[str, int]) -> dict[str, Any]:
     feature, past = key.feature, key.side in ("history", "competitors")
-    said = {
+    said: dict[str, Any] = {
         "name": input_name(key),
         "side": key.side,
         "feature": feature.name,
@@ -128,6 +128,18 @@ def metrics(run: RunDirectory) -> dict[str, float]:
 def crosses(reads: Reads) -> dict[str, dict[str, Any]]:
     """The cross features that the ranking graph takes, as declared."""
     return {name: asdict(cross) for name, cross in reads.crosses.items()}
+
+
+def write_words(folder: Path, words: Mapping[str, pa.Array]) -> dict[str, dict[str, Any]]:
+    """Write vocabularies; returns their entries, each with words and their ids to test a look-up by."""
+    (folder / "vocabularies").mkdir(exist_ok=True)
+    found = {}
+    for space, known in words.items():
+        name = f"vocabularies/{space}.parquet"
+        pq.write_table(pa.table({"value": known}), folder / name, compression="zstd")
+        places = sorted({0, len(known) // 2, len(known) - 1}) if len(known) else []
+        found[space] = {"file": name, "words": len(known), "test": [[known[at].as_py(), at + 1] for at in places]}
+    return found
 
 
 def write_manifest(folder: Path, said: Mapping[str, Any]) -> None:

@@ -13,10 +13,10 @@ import torch
 from onnx.external_data_helper import set_external_data
 from torch import Tensor
 
+from joint.serving.manifest import TABLES
 from towers.embeddings import TableShape
 
 Precision = Literal["fp32", "fp16", "int8"]
-FILE = "tables.bin"
 ALIGNMENT = 4096  # of every table in the file, so that it can be mapped into memory
 QUANTISED = "#scale"  # suffix of the float32 [rows, 2] beside an 8-bit table: a row's scale and least value
 BLOCK = 65_536  # rows that are converted at a time
@@ -82,5 +82,5 @@ def point_into_tables(graph: onnx.GraphProto, stored: list[Stored]) -> None:
             tensor.dims.extend(part.shape)
             tensor.data_type = TYPES[part.dtype]
             tensor.raw_data = b"\0"  # what says that it is raw; the file holds it
-            set_external_data(tensor, FILE, offset=part.offset, length=part.bytes)
+            set_external_data(tensor, TABLES, offset=part.offset, length=part.bytes)
             tensor.ClearField("raw_data")

@@ -88,6 +88,9 @@ def write_graph(
     if found:
         raise UserError(f"{path.name}: holds {', '.join(found)}, which is slow, and which some servers refuse")
     point_into_tables(model.graph, stored)
+    for part in (*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output):
+        part.ClearField("metadata_props")  # from which file and line it came
+        part.ClearField("doc_string")
     onnx.save(model, path)
 
 

@@ -35,9 +35,9 @@ def check(folder: str | Path, *, verify: bool = True) -> Differences:
         golden = dict(file)
     found = _vectors(recommender, requests, golden)
     overlaps = [1.0]
-    for place, asked in enumerate(requests):
+    for place, request in enumerate(requests):
         expected = {name: golden[f"{name}.{place}"] for name in said["answers"]}
-        overlaps += _answers(recommender, asked, expected, said, found)
+        overlaps += _answers(recommender, request, expected, said, found)
     found["overlap"] = min(overlaps)
     wrong = [name for name, value in found.items() if name != "overlap" and not value <= said["tolerance"]]
     if wrong or found["overlap"] < said["overlap"]:
@@ -65,13 +65,12 @@ def _vectors(recommender: Recommender, requests: list[Request], golden: Mapping[
 
 def _answers(
     recommender: Recommender,
-    asked: Mapping[str, Any],
+    request: Request,
     expected: Mapping[str, np.ndarray],
     said: Mapping[str, Any],
     found: Differences,
 ) -> list[float]:
     """The overlaps of one request's stages; the largest differences so far are kept in `found`."""
-    request = asked["request"] if "request" in asked else asked
     requests = recommender.read([request])
     user = recommender.run(
         "user_tower", request_inputs(recommender.reads["user_tower"], recommender.items.catalogue, requests)

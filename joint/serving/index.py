@@ -41,7 +41,7 @@ class Index:
                 raise ExportError(f"{path}: holds {self.index.ntotal} vectors of width {self.index.d}; mixed versions?")
 
     def search(self, query: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of the `count` best items for a user vector `[D]`, and their scores; fewer where the pool is less."""
+        """The rows of the `count` best items for a user vector `[D]`, and their scores; or all there are."""
         count = min(count, len(self.rows))
         if self.index is not None:
             scores, found = self.index.search(query[None].astype(np.float32), max(count, 1))

@@ -78,7 +78,7 @@ def _of_events(key: Key, columns: Columns) -> Arrays:
 
 
 def padded(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """`[rows, longest, …]` of consecutive rows' `values [sum of lengths, …]`; zeros after a row's last, at least one."""
+    """`[rows, longest, …]` of consecutive rows' `values [sum of lengths, …]`; zeros behind; longest is at least 1."""
     longest = max(1, int(lengths.max(initial=0)))
     whole = np.zeros((len(lengths), longest, *values.shape[1:]), values.dtype)
     row = np.repeat(np.arange(len(lengths)), lengths)

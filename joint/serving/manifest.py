@@ -76,8 +76,7 @@ class Manifest:
         """What the inputs of a graph are read from."""
         keys = tuple(_key(self.feature(name)) for name in self.stages[graph]["features"])
         crosses = {key.feature.name: Cross(**self.json["crosses"][key.feature.name]) for key in keys if _crossed(key)}
-        past = {key.history for key in keys if key.history} | {cross.history for cross in crosses.values()}
-        lengths = {name: int(self.json["histories"][name]["length"]) for name in sorted(past)}
+        lengths: dict[str, int] = self.stages[graph]["lengths"]
         competed = sorted({key.history for key in keys if key.side == "competitors"})
         return Reads(keys, lengths, {name: self.histories[name].competitors for name in competed}, crosses)
 
