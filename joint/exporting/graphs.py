@@ -138,14 +138,16 @@ class _Side(nn.Module):
         flat: Rows = {key.name: rows[key.name].flatten(0, 1 if key.side == "history" else 2) for key in keys}
         competes = inputs[f"{name}.competitors"].flatten(0, 1) if encoder.competing is not None else None
         past = encoder.events(flat, competes).unflatten(0, places)
-        return newest(past, lengths, longest) if longest < self.lengths[name] else (past, lengths)
+        if longest < self.lengths[name]:
+            past = newest(past, lengths, longest)
+        return past, lengths  # encoders read a length above L as L
 
 
-def newest(past: Tensor, lengths: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """The newest `length` events `[B, length, D]` of `[B, L, D]`, and how many there are, `[B]`."""
+def newest(past: Tensor, lengths: Tensor, length: int) -> Tensor:
+    """The newest `length` events `[B, length, D]` of `[B, L, D]`, of which `lengths [B]` are there."""
     first = (lengths - length).clamp(min=0).unsqueeze(1)
     place = (first + torch.arange(length, device=past.device)).clamp(max=past.shape[1] - 1)
-    return past.gather(1, place.unsqueeze(2).expand(-1, -1, past.shape[2])), lengths.clamp(max=length)
+    return past.gather(1, place.unsqueeze(2).expand(-1, -1, past.shape[2]))
 
 
 class UserTower(_Side):

@@ -30,7 +30,7 @@ class Items:
         said = manifest.json["items"]
         path = inside(manifest.folder, said["file"])
         try:
-            table = pq.read_table(path)
+            table = pq.ParquetFile(path).read()
         except (pa.ArrowException, OSError) as error:
             raise ExportError(f"{path}: cannot be read ({error})") from error
         manifest.check_model((table.schema.metadata or {}).get(b"model_hash", b"").decode(), path)

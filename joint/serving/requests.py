@@ -44,7 +44,7 @@ class RequestReader:
             if said["level"] == "event"
         }
         self.words = {
-            space: Words(pq.read_table(inside(manifest.folder, said["file"])).column("value").combine_chunks())
+            space: Words(pq.ParquetFile(inside(manifest.folder, said["file"])).read().column("value").combine_chunks())
             for space, said in manifest.json["vocabularies"].items()
         }
         read = [name for name in self.events if name.partition(".")[0] in self.histories]
