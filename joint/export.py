@@ -34,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.items:
         from joint.exporting.more_items import add_items
 
-        folder, unknown = add_items(parsed.run, parsed.items, parsed.out or parsed.run)
-        print(f"{folder}: {unknown}")
+        added = add_items(parsed.run, parsed.items, parsed.out or parsed.run)
+        print(f"{added.folder}: {added.items} items added, {added.unknown} of them of an id that training did not know")
         return 0
     if not parsed.out:
         raise UserError("--out: missing; expected a folder for the versions of this export")

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "joint": {
         *("joint", "losses", "towers", "torch", "torchrec", "numpy", "pandas", "pyarrow", "omegaconf", "yaml"),
         *("fbgemm_gpu", "tqdm", "scipy", "matplotlib"),  # TorchRec brings tqdm; the last two are the extra [report]
+        *("onnx", "onnxruntime", "faiss", "fastapi", "uvicorn"),  # extras [export], [serve] and [http]
     },
 }
 WITHOUT_TORCH = (

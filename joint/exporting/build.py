@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,9 +22,10 @@ from joint.exporting.card import card
 from joint.exporting.golden import write_golden
 from joint.exporting.graphs import reads_of
 from joint.exporting.index import QUERIES, Kind, spread, write_index
-from joint.exporting.items import item_vectors, item_words, items_table, write_items
+from joint.exporting.items import item_key, item_vectors, item_words, items_table, write_items
 from joint.exporting.stages import item_reads, pre_ranking_shapes, read_trained, user_reads, write_stages
 from joint.exporting.tables import Precision
+from joint.exporting.versions import new_version, write_manifest
 from joint.features import Plan
 from joint.files import write_whole
 from joint.fusion import fusion_weights
@@ -36,7 +35,7 @@ from joint.schema import NEVER
 from joint.serving.check import Differences, check
 from joint.serving.inputs import request_inputs
 from joint.serving.items import FILE as ITEMS
-from joint.serving.manifest import GRAPHS, TABLES, hash_of, versions
+from joint.serving.manifest import GRAPHS, TABLES, hash_of
 
 LIGHT = HEADS[:2]
 
@@ -111,24 +110,6 @@ def _source(path: Path, choices: Choices) -> Source:
     return source
 
 
-@contextmanager
-def new_version(out: Path) -> Iterator[tuple[Path, int]]:
-    """A folder for the next version under OUT, which takes its name at the end; a failure leaves nothing."""
-    known = versions(out)
-    number = int(known[-1].name) + 1 if known else 1
-    folder = out / f".{number}.unfinished"
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be made ({error.strerror})") from error
-    try:
-        yield folder, number
-        folder.rename(out / str(number))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def write_version(source: Source, folder: Path, number: int) -> None:
     """Write every file of a version."""
     torch.manual_seed(0)  # of the placeholders for tables: the same run gives the same files
@@ -149,11 +130,17 @@ def write_version(source: Source, folder: Path, number: int) -> None:
     said["vocabularies"] = _write_words(source, folder, words)
     users = _users(source, folder / GRAPHS["user_tower"]) if "u" in stages["user_tower"]["outputs"] else None
     indices = {} if users is None else _indices(source, folder, vectors["v"], users, model_hash)
-    said["items"] = {"file": ITEMS, "count": dataset.schema.items, "index": indices}
+    said["items"] = {
+        "file": ITEMS,
+        "count": dataset.schema.items,
+        "key": item_key(dataset),
+        "features": [manifest.item_feature(plan.schema.feature(name)) for name in _item_features(source)],
+        "index": indices,
+    }
     said["metrics"] = manifest.metrics(source.run) | ({} if users is None else {"export/user_spread": spread(users)})
     said["selfcheck"] = write_golden(source, folder, said, ids, words)
     write_whole(folder / "README.md", card(said))
-    manifest.write_manifest(folder, said)
+    write_manifest(folder, said)
 
 
 def _said(source: Source, number: int, model_hash: str) -> dict[str, Any]:
@@ -184,8 +171,9 @@ def _said(source: Source, number: int, model_hash: str) -> dict[str, Any]:
 
 
 def _write_words(source: Source, folder: Path, words: Mapping[str, pa.Array]) -> dict[str, dict[str, Any]]:
-    """The vocabularies of ids that requests bring and new items will, but for the items' own."""
-    spaces = {key.feature.space for key in source.keys if key.embedded}
+    """The vocabularies of all ids that requests and new items may bring."""
+    read = [key.feature for key in source.keys] + [source.plan.schema.feature(name) for name in _item_features(source)]
+    spaces = {feature.space for feature in read if feature.kind in ("id", "ids")}
     return manifest.write_words(folder, {space: known for space, known in words.items() if space in spaces})
 
 

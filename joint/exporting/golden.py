@@ -124,6 +124,7 @@ def write_golden(
         "file": "selfcheck/golden.npz",
         "requests": "selfcheck/request.json",
         "answers": list(dict.fromkeys([*stages, "ids", "scores"])),
+        "day": day_name(requests.scalars("day")[0]),
         "k": K,
         "tolerance": tolerance,
         "overlap": overlap,

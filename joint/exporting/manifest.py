@@ -17,12 +17,11 @@ from joint import __version__
 from joint.experiment import heads_of
 from joint.exporting.graphs import input_name
 from joint.features import Plan
-from joint.files import write_whole
 from joint.fusion import fusion_weights
 from joint.keys import Key, Reads
 from joint.run import RunDirectory
-from joint.schema import table_rows
-from joint.serving.manifest import FORMAT, FORMAT_VERSION, NAME, hash_of, sha256
+from joint.schema import Feature, table_rows
+from joint.serving.manifest import hash_of
 from towers.retrieval import Retrieval
 
 KINDS = {"id": "id", "ids": "bag", "float": "dense", "vector": "dense"}
@@ -142,12 +141,6 @@ def write_words(folder: Path, words: Mapping[str, pa.Array]) -> dict[str, dict[s
     return found
 
 
-def write_manifest(folder: Path, said: Mapping[str, Any]) -> None:
-    """Write the manifest, with the size and SHA-256 of every other file in the folder."""
-    files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != NAME
-    }
-    whole = {"format": FORMAT, "format_version": FORMAT_VERSION, **said, "files": files}
-    write_whole(folder / NAME, json.dumps(whole, indent=1))
+def item_feature(feature: Feature) -> dict[str, Any]:
+    """What new items have to be described by."""
+    return {"name": feature.name, "kind": feature.kind, "space": feature.space, "size": feature.size}

@@ -21,7 +21,7 @@ from joint.exporting.graphs import (
     reads_of,
 )
 from joint.exporting.tables import Precision, Stored, write_tables
-from joint.exporting.trace import axes_of, types_of, write_graph
+from joint.exporting.trace import Axes, axes_of, types_of, write_graph
 from joint.features import Plan
 from joint.keys import Key, Reads
 from joint.model import JointModel
@@ -96,21 +96,10 @@ def write_stages(
         head = model.heads["pre_ranking"]
         assert isinstance(head, TwoTowerHead | MlpHead)
         user, item = pre_ranking_shapes(plan)
-        axes: dict[str, tuple[str | int, ...]] = {"pu": (1, *user), "pi": ("items", *item)}
-        write_graph(
-            PreRankingScorer(head),
-            axes,
-            dict.fromkeys(axes, "float32"),
-            ["logits"],
-            folder / GRAPHS["prerank_head"],
-            [],
-        )
-        stages["prerank_head"] = {
-            "file": GRAPHS["prerank_head"],
-            "inputs": [*axes],
-            "outputs": ["logits"],
-            "features": [],
-        }
+        axes: Axes = {"pu": (1, *user), "pi": ("items", *item)}
+        stage = _entry("prerank_head", axes, dict.fromkeys(axes, "float32"), ["logits"])
+        stages["prerank_head"] = stage
+        write_graph(PreRankingScorer(head), axes, stage["types"], stage["outputs"], folder / stage["file"], [])
     return stages, stored
 
 
@@ -130,12 +119,11 @@ def _lookup(plan: Plan, reads: Reads, precision: Precision) -> Lookup:
 
 def _stage(graph: str, reads: Reads, outputs: Sequence[str], *, batch: str | int = "batch") -> dict[str, Any]:
     axes, types = axes_of(reads.keys, reads, batch=batch), types_of(reads.keys)
-    return {
-        "file": GRAPHS[graph],
-        "inputs": list(axes),
-        "outputs": list(outputs),
-        "features": list(dict.fromkeys(input_name(key) for key in reads.keys)),
-        "lengths": dict(reads.lengths),
-        "axes": axes,
-        "types": {name: types.get(name, "int64") for name in axes},
-    }
+    entry = _entry(graph, axes, {name: types.get(name, "int64") for name in axes}, outputs)
+    names = list(dict.fromkeys(input_name(key) for key in reads.keys))
+    return entry | {"features": names, "lengths": dict(reads.lengths)}
+
+
+def _entry(graph: str, axes: Axes, types: Mapping[str, str], outputs: Sequence[str]) -> dict[str, Any]:
+    entry = {"file": GRAPHS[graph], "inputs": list(axes), "outputs": list(outputs), "axes": axes, "types": types}
+    return entry | {"features": [], "lengths": {}}

@@ -98,6 +98,8 @@ class Recommender:
         clock = _Clock()
         if not 0 < k <= MOST_ITEMS:
             raise RequestError(f"k: expected 1 to {MOST_ITEMS}, found {k}")
+        if candidates is None and self.index is None:
+            raise RequestError("candidates: missing; this export has no retrieval head to find some")
         requests = self.read([request])
         given = None if candidates is None else self._given(candidates, requests)
         clock.lap("read")
@@ -127,8 +129,7 @@ class Recommender:
 
     def retrieve(self, user: Arrays, requests: Requests, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The `count` best eligible rows of one request, ascending, and their scores."""
-        if self.index is None:
-            raise RequestError("candidates: missing; this export has no retrieval head to find some")
+        assert self.index is not None
         weights = self.weights("retrieval", int(requests.scalars("group")[0]))
         query = weights @ user["u"][0]
         taken, day = self._taken(requests), int(requests.scalars("day")[0])
@@ -170,6 +171,9 @@ class Recommender:
         if inputs.keys() != set(said["inputs"]):
             wrong = sorted(inputs.keys() ^ set(said["inputs"]))
             raise RequestError(f"{graph}: inputs missing or unknown: {', '.join(wrong)}")
+        for name, dtype in said["types"].items():
+            if inputs[name].dtype != dtype:
+                raise RequestError(f"{graph}: input {name} is {inputs[name].dtype}; expected {dtype}")
         try:
             found = self.graphs[graph].run(said["outputs"], inputs)
         except Exception as error:  # onnxruntime's own kinds

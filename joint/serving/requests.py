@@ -64,7 +64,7 @@ class RequestReader:
             "group": np.array([integer(request.get("group", -1), "group") for request in requests]),
         }
         for name, feature in self.features.items():
-            columns[name] = self._feature(name, feature, [request[name] for request in requests])
+            columns[name] = self.feature(name, feature, [request[name] for request in requests])
         for name, history in self.histories.items():
             columns |= self._history(name, history, requests)
         return Requests(columns)
@@ -83,7 +83,8 @@ class RequestReader:
                 near = get_close_matches(str(name), self.fields, n=1)
                 raise RequestError(f"{name}: no such field" + (f"; did you mean {near[0]}?" if near else ""))
 
-    def _feature(self, name: str, feature: Feature, values: Sequence[object]) -> Column:
+    def feature(self, name: str, feature: Feature, values: Sequence[object]) -> Column:
+        """A feature's column as the dataset holds it, from values as the log has them; RequestError names the field."""
         match feature.kind:
             case "id":
                 return self._ids(name, feature.space, values)

@@ -44,7 +44,8 @@ tables:
   tags: {dim: 8}
   device: {dim: 4}
 encoders:
-  viewed: {history: viewed, features: [item_id, tags, price, image], events: [device, seconds], length: 5, by: {kind: mean}}
+  viewed: {history: viewed, features: [item_id, tags, price, image], events: [device, seconds], length: 5,
+           by: {kind: mean}}
   lately: {history: viewed, features: [item_id], length: 2, by: {kind: sum}}
   against: {history: viewed, features: [item_id, tags, price], competing: {hidden: [6]}, length: 4,
             by: {kind: self_attention, heads: 1, positions: 3}}
@@ -53,11 +54,13 @@ cross:
   again: {history: viewed, feature: item_id, length: 7}
   since: {history: bought, feature: item_id, of: recency, length: 4}
 heads:
-  retrieval: {features: [user_id, city, age, taste, clubs, viewed, lately, item_id, tags, price, image], item_hidden: [12], dim: 8,
-              similarity: cosine, temperature: 0.5, bias: true, trunk: {kind: mmoe, experts: 2, hidden: [12]},
-              interaction: {kind: dcn_v2, rank: 4}, fusion: {click: 1.0, minutes: 0.5}}
+  retrieval: {features: [user_id, city, age, taste, clubs, viewed, lately, item_id, tags, price, image],
+              item_hidden: [12], dim: 8, similarity: cosine, temperature: 0.5, bias: true,
+              trunk: {kind: mmoe, experts: 2, hidden: [12]}, interaction: {kind: dcn_v2, rank: 4},
+              fusion: {click: 1.0, minutes: 0.5}}
   pre_ranking: {features: [user_id, clubs, against, item_id, tags], trunk: {kind: snr, subnetworks: 2, hidden: [8]},
-                gate: {alpha: 2.0}, dim: 8, fusion: {click: 2.0, minutes: 0.1}, fusion_of: {click: sigmoid, minutes: exp}}
+                gate: {alpha: 2.0}, dim: 8, fusion: {click: 2.0, minutes: 0.1},
+                fusion_of: {click: sigmoid, minutes: exp}}
   ranking: {features: [user_id, city, viewed, attended, again, since, item_id, tags, image],
             interaction: {kind: pnn, dim: 8}, trunk: {kind: ple, hidden: [8]}, task_hidden: [6],
             task_gate: {prior: [user_id]}}
