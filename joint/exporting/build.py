@@ -202,8 +202,9 @@ def _indices(
     assert head is not None
     weights = np.array(fusion_weights(head, list(source.plan.config.tasks)))
     members = {pool: days < NEVER for pool, days in source.dataset.first_day.items()}
+    gated: dict[str, Any] = {"kind": source.choices.index, "users": users, "weights": weights}
     return {
-        pool: write_index(folder, pool, vectors[member], users, weights, source.choices.index, model_hash)
+        pool: write_index(folder, pool, vectors[member], model_hash, **gated)
         for pool, member in members.items()
         if member.any()
     }

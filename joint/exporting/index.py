@@ -79,15 +79,23 @@ def gate(kind: Kind, index: Any, exact: Any, users: np.ndarray, weights: np.ndar
 
 
 def write_index(
-    folder: Path, pool: str, vectors: np.ndarray, users: np.ndarray, weights: np.ndarray, kind: Kind, model_hash: str
+    folder: Path,
+    pool: str,
+    vectors: np.ndarray,
+    model_hash: str,
+    *,
+    kind: Kind = "flat",
+    users: np.ndarray | None = None,
+    weights: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Write the index of a pool and what is known of it; returns its entry in the manifest.
 
-    An approximate kind that does not pass the gate gives way to the exact one, and the entry says so.
+    An approximate kind is measured on `users [R, T, D]` under the config's `weights [T]` of the tasks and others; where
+    it does not pass the gate it gives way to the exact one, and the entry says so.
     """
     exact = build("flat", vectors)
     chosen, index, said = "flat", exact, None
-    if kind != "flat":
+    if kind != "flat" and users is not None and weights is not None:
         tried = build(kind, vectors)
         said = gate(kind, tried, exact, users, weights)
         if said.passed:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,7 +71,7 @@ def add_items(export: Path, path: Path, out: Path) -> Added:
             recommender.manifest.model_hash,
         )
         said["model"] |= {"version": number, "items_added_to": said["model"]["version"]}
-        said["items"] |= {"count": len(whole.ids), "index": _indices(folder, whole, recommender)}
+        said["items"] |= {"count": len(whole.ids), "index": _indices(folder, whole, recommender.manifest.model_hash)}
         write_manifest(folder, {name: part for name, part in said.items() if name != "files"})
         check(folder)
     key = new.catalogue.get(said["items"]["key"])
@@ -125,17 +124,14 @@ def _flat(values: np.ndarray) -> np.ndarray:
     return values.reshape(len(values), -1)
 
 
-def _indices(folder: Path, items: NewItems, recommender: Recommender) -> dict[str, dict[str, Any]]:
+def _indices(folder: Path, items: NewItems, model_hash: str) -> dict[str, dict[str, Any]]:
     if "v" not in items.vectors:
         return {}
-    known: Mapping[str, Any] = recommender.manifest.json["items"]["index"]
-    nobody = np.zeros((0, 1, 1), np.float32)
-    model_hash = recommender.manifest.model_hash
+    members = {pool: days < NEVER for pool, days in items.first_day.items()}
     return {
-        pool: write_index(
-            folder, pool, items.vectors["v"][items.first_day[pool] < NEVER], nobody, nobody[0, 0], "flat", model_hash
-        )
-        for pool in known
+        pool: write_index(folder, pool, items.vectors["v"][member], model_hash)
+        for pool, member in members.items()
+        if member.any()
     }
 
 

@@ -59,7 +59,7 @@ def test_mixtures_by_hand() -> None:
 
 def test_what_is_refused_gives_way_to_the_exact_index(tmp_path: Path) -> None:
     vectors = clustered(4000, seed=2, skew=1.5)
-    entry = write_index(tmp_path, "", vectors, USERS, WEIGHTS, "hnsw", "abc")
+    entry = write_index(tmp_path, "", vectors, "abc", kind="hnsw", users=USERS, weights=WEIGHTS)
     assert entry["file"] == "index/all.flat.faiss"
     assert entry["kind"] == "flat"
     assert entry["gate"]["kind"] == "hnsw"
