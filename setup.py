@@ -28,6 +28,7 @@ BASE = [
 ]
 REPORT = ["scipy", "matplotlib"]
 SERVE = ["onnxruntime==1.31.1", "faiss-cpu==1.15.1"]
+HTTP = ["fastapi", "uvicorn"]  # of the demo
 EXPORT = ["onnx==1.23.2", "onnxscript==0.7.2", *SERVE]  # an export answers its own golden requests before it is done
 EXTRAS = {
     "cpu": ["fbgemm-gpu-cpu==1.8.0", "tensordict", "torchmetrics==1.0.3", "pyre-extensions"],
@@ -35,8 +36,8 @@ EXTRAS = {
     "report": REPORT,
     "export": EXPORT,
     "serve": SERVE,
-    "http": ["fastapi", "uvicorn"],  # of the demo
-    "dev": ["pytest", "ruff", "mypy", *REPORT, *EXPORT],
+    "http": HTTP,
+    "dev": ["pytest", "ruff", "mypy", *REPORT, *EXPORT, *HTTP, "httpx"],
 }
 # The experiments travel inside the wheel, where `joint train configs/sdcl.yaml` finds them.
 CONFIGS = ["joint.configs", "joint.configs.papers", "joint.configs.ablations"]

@@ -20,7 +20,7 @@ from joint.experiment import HEADS
 from joint.exporting import manifest
 from joint.exporting.card import card
 from joint.exporting.golden import write_golden
-from joint.exporting.graphs import reads_of
+from joint.exporting.graphs import as_inputs, reads_of
 from joint.exporting.index import QUERIES, Kind, spread, write_index
 from joint.exporting.items import item_key, item_vectors, item_words, items_table, write_items
 from joint.exporting.stages import item_reads, pre_ranking_shapes, read_trained, user_reads, write_stages
@@ -122,7 +122,7 @@ def write_version(source: Source, folder: Path, number: int) -> None:
     words = dataset.vocabularies()
     ids = item_words(dataset, words)
     everything = np.arange(dataset.schema.items)
-    vectors = item_vectors(folder / GRAPHS["item_tower"], source.reads[1], dataset.catalogue, everything)
+    vectors = item_vectors(folder / GRAPHS["item_tower"], as_inputs(source.reads[1]), dataset.catalogue, everything)
     table = items_table(ids, dataset.first_day, dataset.catalogue, _item_features(source), vectors)
     write_items(folder / ITEMS, table, model_hash)
     said = _said(source, number, model_hash)
@@ -191,7 +191,8 @@ def _users(source: Source, graph: Path) -> np.ndarray:
     requests = source.dataset.read(parts[0])
     requests = requests.take(np.linspace(0, len(requests) - 1, min(QUERIES, len(requests))).astype(np.int64))
     session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
-    found: np.ndarray = session.run(["u"], request_inputs(source.reads[0], source.dataset.catalogue, requests))[0]
+    inputs = request_inputs(as_inputs(source.reads[0]), source.dataset.catalogue, requests)
+    found: np.ndarray = session.run(["u"], inputs)[0]
     return found
 
 

@@ -12,6 +12,7 @@ of a multi-valued feature, K competitors of an event, W numbers of a float or ve
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,12 @@ def reads_of(plan: Plan, heads: Sequence[str]) -> Reads:
     competed = sorted({key.history for key in keys if key.side == "competitors"})
     competitors = {name: plan.schema.history(name).competitors for name in competed}
     return Reads(tuple(dict.fromkeys(keys)), lengths, competitors, crosses)
+
+
+def as_inputs(reads: Reads) -> Reads:
+    """The same as what a graph takes: each once, whosever tables it is looked up in."""
+    keys = tuple(dict.fromkeys(replace(key, owner="") for key in reads.keys))
+    return replace(reads, keys=keys)
 
 
 class Lookup(nn.Module):
@@ -194,10 +201,10 @@ class PreRankingScorer(nn.Module):
     def forward(self, inputs: Inputs) -> dict[str, Tensor]:
         """`logits [N, T]`."""
         user, item = inputs["pu"], inputs["pi"]
+        if isinstance(self.head, TwoTowerHead):
+            return {"logits": self.head.logits(user, item, None)}
         row = torch.zeros(item.shape[0], dtype=torch.long, device=item.device)
-        if isinstance(self.head, MlpHead):
-            return {"logits": self.head(user, item, row)[0]}
-        return {"logits": self.head.logits(user, item, row)}
+        return {"logits": self.head(user, item, row)[0]}
 
 
 class Teacher(_Side):

@@ -18,7 +18,7 @@ except ImportError:  # a plain matrix product does, up to some hundred thousand 
 
 
 class Index:
-    """Best items first. Without faiss the search is exact and by numpy, whatever kind the file is.
+    """Best items first. An exact index is searched by numpy, and so is every index where there is no faiss.
 
     Raises:
         ExportError: there is none for this pool, or it is of another model or another number of items.
@@ -32,13 +32,17 @@ class Index:
         said: dict[str, Any] = json.loads(inside(manifest.folder, known[pool]["sidecar"]).read_text())
         manifest.check_model(said["model_hash"], path)
         self.rows = items.of_pool(pool)
-        whole = len(self.rows) == len(items)
-        self.vectors = items.vectors["v"] if whole else items.vectors["v"][self.rows]
         self.index = None
-        if faiss is not None:
-            self.index = faiss.read_index(str(path))
-            if self.index.ntotal != len(self.rows) or self.index.d != self.vectors.shape[1]:
-                raise ExportError(f"{path}: holds {self.index.ntotal} vectors of width {self.index.d}; mixed versions?")
+        if faiss is None:
+            self.vectors = items.vectors["v"][self.rows]
+            return
+        index = faiss.read_index(str(path))
+        if index.ntotal != len(self.rows) or index.d != items.vectors["v"].shape[1]:
+            raise ExportError(f"{path}: holds {index.ntotal} vectors of width {index.d}; mixed versions?")
+        if said["kind"] == "flat":  # for one query numpy's product and partition of the same vectors are faster
+            self.vectors = index.reconstruct_n(0, index.ntotal)
+        else:
+            self.index = index
 
     def search(self, query: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The rows of the `count` best items for a user vector `[D]`, and their scores; or all there are."""
@@ -47,7 +51,7 @@ class Index:
             scores, found = self.index.search(query[None].astype(np.float32), max(count, 1))
             there = found[0] >= 0  # where an approximate search found fewer
             return self.rows[found[0][there]], scores[0][there]
-        scores = self.vectors @ query
-        best = np.argpartition(-scores, count - 1)[:count] if 0 < count < len(scores) else np.arange(count)
+        scores, rest = self.vectors @ query, len(self.rows) - count
+        best = np.argpartition(scores, rest)[rest:] if 0 < rest < len(scores) else np.arange(rest, len(scores))
         best = best[np.argsort(-scores[best], kind="stable")]
         return self.rows[best], scores[best]

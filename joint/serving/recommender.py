@@ -186,7 +186,7 @@ class Recommender:
 
     def _pi(self, rows: np.ndarray) -> np.ndarray:
         shape = self.manifest.json["dims"]["pi"]
-        return self.items.vectors["pi"][rows].reshape(len(rows), *shape)
+        return np.take(self.items.vectors["pi"], rows, axis=0).reshape(len(rows), *shape)
 
     def _quota(self, stage: str, k: int) -> int:
         return max(int(self.quotas[stage]), k)
