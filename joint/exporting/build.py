@@ -107,6 +107,8 @@ def _source(path: Path, choices: Choices) -> Source:
     source = Source(run, found[-1], Plan(config, dataset.schema), dataset, choices)
     if not source.light or (choices.teacher and config.heads.ranking is None):
         raise UserError(f"{path}: has no {'ranking' if source.light else ' or '.join(choices.heads)} head to export")
+    if any(encoder.competing and encoder.competing.reverse for encoder in config.encoders.values()):
+        raise UserError(f"{path}: an encoder's competing.reverse is on; a placebo is not exported")
     return source
 
 

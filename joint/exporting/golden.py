@@ -13,7 +13,6 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from joint.cascade import top_k
 from joint.data.assemble import logged
 from joint.data.dataset import Dataset
 from joint.data.order import Position
@@ -25,6 +24,7 @@ from joint.evaluation import Evaluator
 from joint.exporting.tables import Precision
 from joint.features import Plan
 from joint.files import write_whole
+from joint.funnel_metrics import top_k
 from joint.fusion import fuse
 from joint.measure import open_model
 from joint.outputs import Outputs
@@ -185,6 +185,7 @@ def training_answers(
     config, corpus = evaluator.config, evaluator.eligibility.corpus
     tasks, answers = list(config.tasks), Answers()
     free = evaluator.eligibility.mask(requests)
+    group = torch.from_numpy(requests.scalars("group"))
     if "retrieval" in heads:
         outputs = _forward(evaluator, requests, heads, PoolItems.corpus(corpus))
         output = outputs["retrieval"]
@@ -194,7 +195,8 @@ def training_answers(
         answers |= {"rows": corpus[chosen], "v": output.pool.vectors[chosen].numpy(), "u": output.user.numpy()}
         # Every task's logit of every item, then the weights: what the served vectors have to agree with.
         logits = torch.einsum("rtd,cd->rct", output.user, output.pool.vectors)
-        fused = fuse(evaluator.heads["retrieval"], tasks, logits).where(torch.from_numpy(free), -torch.inf)
+        fused = fuse(evaluator.heads["retrieval"], tasks, logits, group.unsqueeze(1))
+        fused = fused.where(torch.from_numpy(free), -torch.inf)
         kept = np.zeros_like(free)
         np.put_along_axis(kept, fused.topk(min(quotas["retrieval"], len(corpus)), dim=1).indices.numpy(), True, axis=1)
         kept &= free
@@ -207,7 +209,7 @@ def training_answers(
     _keep(answers, "retrieval", items, scores)
     for head in heads[1:] if heads[0] == "retrieval" else heads:
         logits_ = _forward(evaluator, requests, heads, None, items)[head].logits
-        scores = fuse(evaluator.heads[head], tasks, logits_)
+        scores = fuse(evaluator.heads[head], tasks, logits_, group[torch.from_numpy(items.rows)])
         _keep(answers, head, items, scores)
         if head != heads[-1]:
             alive = top_k(scores, torch.from_numpy(items.offsets), quotas[head]).numpy()

@@ -91,11 +91,13 @@ def fusion(plan: Plan, heads: Sequence[str]) -> dict[str, dict[str, Any]]:
     for name in heads:
         head = heads_of(plan.config)[name]
         of = {} if isinstance(head, Retrieval) else head.fusion_of
-        by_group: Mapping[str, Mapping[str, float]] = getattr(head, "fusion_by_group", {})
         found[name] = {
             "space": "logit" if isinstance(head, Retrieval) else "task",
             "default": dict(zip(tasks, fusion_weights(head, tasks), strict=True)),
-            "by_group": {group: {task: w.get(task, 0.0) for task in tasks} for group, w in by_group.items()},
+            "by_group": {
+                group: dict(zip(tasks, fusion_weights(head, tasks, group), strict=True))
+                for group in head.fusion_by_group
+            },
             "of": {task: of.get(task, "logit") for task in tasks},
         }
     return found

@@ -32,6 +32,7 @@ class Index:
         said: dict[str, Any] = json.loads(inside(manifest.folder, known[pool]["sidecar"]).read_text())
         manifest.check_model(said["model_hash"], path)
         self.rows = items.of_pool(pool)
+        self.joins = np.sort(items.first_day[pool][self.rows])  # the days on which its items join, ascending
         self.index = None
         if faiss is None:
             self.vectors = items.vectors["v"][self.rows]

@@ -46,7 +46,7 @@ class Recommender:
         folder: a version, or a folder of versions, of which the newest is taken.
         pool: which index; by default that of the run's config.
         quotas: stage -> how many items it keeps (at least k); by default those of the run's config.
-        threads: of every graph and of faiss.
+        threads: of every graph.
         verify: compare the SHA-256 of every file first. Integrity, not authenticity: sign the manifest elsewhere.
 
     Raises:
@@ -133,8 +133,8 @@ class Recommender:
         weights = self.weights("retrieval", int(requests.scalars("group")[0]))
         query = weights @ user["u"][0]
         taken, day = self._taken(requests), int(requests.scalars("day")[0])
-        later = int(np.count_nonzero(self._first_day()[self.index.rows] > day))
-        rows, scores = self.index.search(query, count + len(taken) + later)
+        later = len(self.index.joins) - int(np.searchsorted(self.index.joins, day, side="right"))
+        rows, scores = self.index.search(query, count + len(taken) + later)  # as many more as may have to be dropped
         free = self._eligible(rows, taken, day)
         rows, scores = rows[free][:count], scores[free][:count]
         order = np.argsort(rows)
@@ -191,14 +191,11 @@ class Recommender:
     def _quota(self, stage: str, k: int) -> int:
         return max(int(self.quotas[stage]), k)
 
-    def _first_day(self) -> np.ndarray:
-        return self.items.first_day[self.pool]
-
     def _taken(self, requests: Requests) -> np.ndarray:
         return np.unique(taken_items(requests, self.manifest.json["eligibility"]["not_eligible"]).values)
 
     def _eligible(self, rows: np.ndarray, taken: np.ndarray, day: int) -> np.ndarray:
-        return open_items(self._first_day(), rows, day) & ~np.isin(rows, taken)
+        return open_items(self.items.first_day[self.pool], rows, day) & ~np.isin(rows, taken)
 
     def _given(self, candidates: Sequence[object], requests: Requests) -> np.ndarray:
         rows = np.unique(self.read.rows(candidates, "candidates"))

@@ -57,13 +57,13 @@ heads:
   retrieval: {features: [user_id, city, age, taste, clubs, viewed, lately, item_id, tags, price, image],
               item_hidden: [12], dim: 8, similarity: cosine, temperature: 0.5, bias: true,
               trunk: {kind: mmoe, experts: 2, hidden: [12]}, interaction: {kind: dcn_v2, rank: 4},
-              fusion: {click: 1.0, minutes: 0.5}}
+              fusion: {click: 1.0, minutes: 0.5}, fusion_by_group: {"1": {click: 0.5, minutes: 2.0}}}
   pre_ranking: {features: [user_id, clubs, against, item_id, tags], trunk: {kind: snr, subnetworks: 2, hidden: [8]},
                 gate: {alpha: 2.0}, dim: 8, fusion: {click: 2.0, minutes: 0.1},
                 fusion_of: {click: sigmoid, minutes: exp}}
   ranking: {features: [user_id, city, viewed, attended, again, since, item_id, tags, image],
             interaction: {kind: pnn, dim: 8}, trunk: {kind: ple, hidden: [8]}, task_hidden: [6],
-            task_gate: {prior: [user_id]}}
+            task_gate: {prior: [user_id]}, fusion_by_group: {"1": {minutes: 1.0}}}
 objectives:
   teacher: {head: ranking, loss: binary, space: [exposed]}
   student: {head: pre_ranking, loss: binary, space: [exposed, random]}

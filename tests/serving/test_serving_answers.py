@@ -48,7 +48,7 @@ def test_the_served_order_is_that_of_brute_force(recommender: Recommender, expor
         inputs = request_inputs(recommender.reads["user_tower"], items.catalogue, requests)
         user = recommender.run("user_tower", inputs)
         logits = np.einsum("td,nd->nt", user["u"][0].astype(float), items.vectors["v"].astype(float))
-        scores = logits @ [1.0, 0.5]
+        scores = logits @ ([0.5, 2.0] if request["group"] == 1 else [1.0, 0.5])
         names, first_day = items.names(np.arange(len(items))), items.first_day["shelf"]
         day = (np.datetime64(request["day"]) - np.datetime64("1970-01-01")).astype(int)
         free = [row for row, name in enumerate(names) if first_day[row] <= day and name not in request["bought"]]
@@ -73,6 +73,19 @@ def test_one_row_is_that_row_of_many(recommender: Recommender, exported: Path) -
         np.testing.assert_allclose(whole[:16], np.concatenate([one[name] for one in alone]), atol=1e-5)
         np.testing.assert_allclose(vectors(requests[:3])[name], whole[:3], atol=1e-5)
     assert np.std(vectors(requests)["u"], axis=0).min() > 1e-3  # users differ, or nothing was shown
+
+
+def test_ids_at_and_beyond_the_ends_of_a_table(recommender: Recommender, exported: Path) -> None:
+    """Ids 0, V - 1, V and -1, of tables that have V rows: the last two are the unknown, as 0 is."""
+    requests = recommender.read([every_request(exported)[2]] * 4)
+    inputs = request_inputs(recommender.reads["user_tower"], recommender.items.catalogue, requests)
+    for name in ("user_id", "city", "viewed.device"):
+        rows = recommender.manifest.feature(name)["num_embeddings"]
+        ids = np.array([0, rows - 1, rows, -1]).reshape(4, *[1] * (inputs[name].ndim - 1))
+        found = recommender.run("user_tower", inputs | {name: np.broadcast_to(ids, inputs[name].shape).copy()})["u"]
+        np.testing.assert_array_equal(found[2:], found[[0, 0]])
+        assert np.abs(found[1] - found[0]).max() > 1e-4
+        assert np.isfinite(found).all()
 
 
 def test_no_past_and_unknown_words_are_answered(recommender: Recommender, asked: Asked) -> None:
@@ -132,13 +145,11 @@ def test_quotas_and_k(recommender: Recommender, asked: Asked) -> None:
         recommender.recommend(asked(), 0)
 
 
-def test_a_group_may_have_weights_of_its_own(copied: Path, asked: Asked) -> None:
-    said = json.loads((copied / "manifest.json").read_text())
-    said["fusion"]["ranking"]["by_group"] = {"1": {"click": 0.0, "minutes": -1.0}}
-    (copied / "manifest.json").write_text(json.dumps(said))
-    recommender = Recommender(copied)
+def test_a_group_may_have_weights_of_its_own(recommender: Recommender, asked: Asked) -> None:
+    assert recommender.weights("retrieval", 1).tolist() == [0.5, 2.0]
+    assert recommender.weights("pre_ranking", 1).tolist() == recommender.weights("pre_ranking", 0).tolist()
     assert recommender.weights("ranking", 0).tolist() == [1.0, 1.0]
-    assert recommender.weights("ranking", 1).tolist() == [0.0, -1.0]
+    assert recommender.weights("ranking", 1).tolist() == [0.0, 1.0]
     assert recommender.recommend(asked(group=0)) == recommender.recommend(asked(group=2))
     assert recommender.recommend(asked(group=1)) != recommender.recommend(asked(group=0))
 
