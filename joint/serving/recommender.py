@@ -142,6 +142,8 @@ class Recommender:
 
     def score(self, stage: str, user: Arrays, requests: Requests, rows: np.ndarray) -> np.ndarray:
         """The fused scores `[N]` of the pre-ranking or the ranking head for candidates of one request."""
+        if not len(rows):  # not every graph takes none
+            return np.zeros(0, np.float32)
         if stage == "pre_ranking":
             logits = self.run("prerank_head", {"pu": user["pu"], "pi": self._pi(rows)})["logits"]
         else:

@@ -136,6 +136,18 @@ def test_what_is_not_eligible_is_never_served(recommender: Recommender, exported
     assert set(found) == set(recommender.items.ids.to_pylist())
 
 
+def test_where_nothing_is_left_the_list_is_empty(recommender: Recommender, asked: Asked) -> None:
+    everything = recommender.items.ids.to_pylist()
+    for answer in (
+        recommender.recommend(asked(bought=everything)),
+        recommender.recommend(asked(day="1969-12-31")),
+        recommender.recommend(asked(), candidates=["nothing"], diversity=Diversity(weight=1.0)),
+    ):
+        assert answer.ids == []
+        assert answer.scores == []
+        assert set(answer.stages.values()) == {0}
+
+
 def test_quotas_and_k(recommender: Recommender, asked: Asked) -> None:
     answer = recommender.recommend(asked(), 4)
     assert answer.stages == {"retrieval": 25, "pre_ranking": 15, "ranking": 4}
