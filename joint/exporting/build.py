@@ -109,6 +109,8 @@ def _source(path: Path, choices: Choices) -> Source:
         raise UserError(f"{path}: has no {'ranking' if source.light else ' or '.join(choices.heads)} head to export")
     if any(encoder.competing and encoder.competing.reverse for encoder in config.encoders.values()):
         raise UserError(f"{path}: an encoder's competing.reverse is on; a placebo is not exported")
+    if choices.teacher and config.heads.ranking is not None and config.heads.ranking.residual is not None:
+        raise UserError(f"{path}: heads.ranking.residual is not exported yet; export without the teacher")
     return source
 
 

@@ -86,7 +86,7 @@ def test_tables_that_were_not_loaded_are_noticed(
 ) -> None:
     """Graphs take their tables from the checkpoint's files, golden answers from the sharded model."""
 
-    def without(folder: Path, *_: object) -> checkpoint.Progress:
+    def without(folder: Path, *_: object, **__: object) -> checkpoint.Progress:
         return checkpoint.Progress(step=1)
 
     monkeypatch.setattr("joint.measure.checkpoint.load_latest", without)
