@@ -21,8 +21,8 @@ from towers.mlp import FactoredLinear, Mlp
 # Attention over candidates runs in blocks of so many numbers per intermediate tensor: what a core's cache holds
 # (2 MiB in float32), or what keeps a GPU busy.
 BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
-# Where one layer of all blocks has more numbers than this (256 MiB), backward recomputes the blocks instead of
-# keeping them, for about a fifth more time.
+# Where one layer of all blocks has more numbers than this (256 MiB), padding included, backward recomputes the blocks
+# instead of keeping them, for about a fifth more time.
 SAVED_ELEMENTS = 2**26
 
 
@@ -224,18 +224,19 @@ class TargetAttentionEncoder(nn.Module):
     ) -> Tensor:
         """`[N, D]`: blocks of requests padded to their most candidates and events; one with too many goes in parts."""
         room = BLOCK_ELEMENTS[target.device.type] // self.widest
-        wide = max(history.shape[1], target.shape[1])
+        dim = target.shape[1]
+        request, place, blocks = _layout(row, lengths, room=room, dim=dim)
         attend: Callable[..., Tensor] = self._attend
-        if target.shape[0] * wide * self.widest > SAVED_ELEMENTS:
+        numbers = sum(runs * min(width, events) * max(width, events, dim) for runs, width, events in blocks)
+        if numbers * self.widest > SAVED_ELEMENTS:
             attend = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
-        request, place, blocks = _layout(row, lengths, room=room, dim=target.shape[1])
         sizes = [runs for runs, _, _ in blocks]
         areas = [runs * width for runs, width, _ in blocks]
-        padded = target.new_zeros(sum(areas), target.shape[1]).index_copy(0, place, target).split(areas)
+        padded = target.new_zeros(sum(areas), dim).index_copy(0, place, target).split(areas)
         histories, valids = (x.index_select(0, request).split(sizes) for x in (history, valid))
         out = []
         for (runs, width, events), candidates, past, real in zip(blocks, padded, histories, valids, strict=True):
-            parts = candidates.unflatten(0, (runs, width)).split(max(1, room // wide), dim=1)
+            parts = candidates.unflatten(0, (runs, width)).split(max(1, room // max(events, dim)), dim=1)
             attended = [attend(part, past[:, :events], real[:, :events], *weights) for part in parts]
             out.append(torch.cat(attended, dim=1).flatten(0, 1))
         return torch.cat(out).index_select(0, place)
