@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from joint.data.predictions import Predictions, scored
-from joint.data.ragged import Ragged, offsets_of
+from joint.data.ragged import Ragged
 from joint.data.requests import Column, Requests, concatenate_requests, from_arrow, to_arrow
 from joint.errors import DataError, first_line
 from joint.schema import SPLITS, Part, Schema, day_number, first_day_column, read_schema
@@ -305,16 +304,3 @@ def file_hash(path: Path) -> str:
 
 def _digest(*things: object) -> str:
     return hashlib.sha256(repr(things).encode()).hexdigest()[:16]
-
-
-def vocabulary_ids(values: pd.Series) -> tuple[np.ndarray, list[object]]:
-    """Ids 1 .. V of the sorted distinct values, and those values; a missing value is id 0."""
-    codes, words = pd.factorize(values, sort=True)
-    return codes.astype(np.int64) + 1, list(words)
-
-
-def ragged_vocabulary_ids(lists: pd.Series) -> tuple[Ragged, list[object]]:
-    """`vocabulary_ids` for a column of lists."""
-    lengths = lists.map(len).to_numpy()
-    codes, words = vocabulary_ids(lists.explode()[np.repeat(lengths > 0, np.maximum(lengths, 1))])
-    return Ragged(codes, offsets_of(lengths)), words

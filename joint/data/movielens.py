@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from joint.data.dataset import DatasetWriter, ragged_vocabulary_ids, vocabulary_ids
+from joint.data.dataset import DatasetWriter
 from joint.data.movielens_files import Tables, read_tables
 from joint.data.ragged import Ragged, draw
 from joint.data.requests import Column, Requests
+from joint.data.vocabulary import ragged_vocabulary_ids, vocabulary_ids
 from joint.errors import DataError
 from joint.schema import SPLITS, Feature, History, Schema, Stage
 

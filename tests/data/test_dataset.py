@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from joint.data.dataset import Dataset, DatasetWriter, ragged_vocabulary_ids, vocabulary_ids
+from joint.data.dataset import Dataset, DatasetWriter
 from joint.data.ragged import Ragged
 from joint.data.requests import Requests
+from joint.data.vocabulary import ragged_vocabulary_ids, vocabulary_ids
 from joint.errors import DataError
 from joint.schema import Schema, read_schema
 
