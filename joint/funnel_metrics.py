@@ -16,7 +16,7 @@ from joint.data.planted.truth import LIST
 from joint.data.ragged import Ragged
 from joint.data.requests import Requests
 from joint.metrics import PerRequest, kendall_by_request
-from joint.ranks import order_within, positions, request_sums
+from joint.ranks import request_sums, top_k
 
 OUTSIDE = "outside"  # who loses what is not eligible, or outside the pool: no head could have found it
 
@@ -81,13 +81,6 @@ def best_columns(scores: Tensor, k: int) -> Tensor:
     bar = scores.topk(k, dim=1).values[:, -1:]
     above, tied = scores > bar, scores == bar
     return above | tied & (tied.cumsum(1) <= k - above.sum(1, keepdim=True))
-
-
-def top_k(scores: Tensor, offsets: Tensor, k: int) -> Tensor:
-    """True for the K best of each request, bool `[N]`; among equal scores the earlier candidate."""
-    order = order_within(scores, offsets, torch.arange(len(scores), device=scores.device))
-    place = torch.empty_like(order).scatter_(0, order, positions(offsets))
-    return place < k
 
 
 def funnel(scores: Mapping[str, Tensor], quotas: Mapping[str, int], offsets: Tensor) -> Iterator[tuple[str, Tensor]]:

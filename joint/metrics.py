@@ -27,6 +27,7 @@ from joint.ranks import (
     request_sums,
     row_sums,
     run_positions,
+    top_k,
 )
 
 
@@ -233,7 +234,7 @@ def kendall_distance(a: Tensor, b: Tensor, offsets: Tensor) -> Ratio:
 def kendall_by_request(a: Tensor, b: Tensor, offsets: Tensor) -> PerRequest:
     """`kendall_distance` request by request."""
     offsets = check_ragged(offsets, a=a, b=b)
-    by_a = order_within(a, offsets, b.argsort(descending=True, stable=True))
+    by_a = order_within(a, offsets, order_within(b, offsets, torch.arange(len(b), device=b.device)))
     by_b = order_within(b, offsets, by_a)
     # Ties of either list stand in the order of the other, so that no tied pair is an inversion.
     position = torch.empty_like(by_a).scatter_(0, by_a, positions(offsets))
@@ -258,8 +259,7 @@ def overlap_by_request(a: Tensor, b: Tensor, offsets: Tensor, k: int) -> PerRequ
     _check_k(k)
     offsets = check_ragged(offsets, a=a, b=b)
     lengths = offsets.diff()
-    alike = torch.zeros_like(a, dtype=torch.bool)
-    both = (ranks(a, alike, offsets) < k) & (ranks(b, alike, offsets) < k)
+    both = top_k(a, offsets, k) & top_k(b, offsets, k)
     return _per_request(request_sums(both, offsets) / lengths.clamp(max=k), lengths > 0)
 
 

@@ -4,6 +4,8 @@ Shapes: R requests, N candidates of all requests, those of one request contiguou
 Everything is vectorised over requests: stable sorts, runs of equal values, prefix sums.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -51,9 +53,29 @@ def row_sums(values: Tensor, row: Tensor, num_rows: int) -> Tensor:
 
 
 def order_within(scores: Tensor, offsets: Tensor, order: Tensor) -> Tensor:
-    """Candidate indices `[N]` by request, then by falling score; equal scores stay as in `order [N]`."""
-    order = order[scores[order].argsort(descending=True, stable=True)]
-    return order[request_of(offsets)[order].argsort(stable=True)]
+    """Candidate indices `[N]` by request, then by falling score; equal scores stay as in `order [N]`.
+
+    `order` goes through the requests one after another.
+    """
+    lengths = offsets.diff()
+    rows = len(lengths), int(lengths.max()) if len(lengths) else 0
+    if math.prod(rows) > 2 * len(order):  # padded rows would be mostly padding: all at once, by score and by request
+        order = order[scores[order].argsort(descending=True, stable=True)]
+        return order[request_of(offsets)[order].argsort(stable=True)]
+    starts = torch.arange(rows[0], device=order.device) * rows[1]
+    place = torch.arange(len(order), device=order.device) + (starts - offsets[:-1]).repeat_interleave(lengths)
+    padded = torch.full(rows, -torch.inf, dtype=torch.promote_types(scores.dtype, torch.float32), device=scores.device)
+    padded.view(-1)[place] = scores[order].to(padded.dtype)
+    # Stable, so that padding comes last, behind a score of -inf too.
+    by_row = padded.argsort(dim=1, descending=True, stable=True) + offsets[:-1].unsqueeze(1)
+    return order[by_row.view(-1)[place]]
+
+
+def top_k(scores: Tensor, offsets: Tensor, k: int) -> Tensor:
+    """True for the K best of each request, bool `[N]`; among equal scores the earlier candidate."""
+    order = order_within(scores, offsets, torch.arange(len(scores), device=scores.device))
+    place = torch.empty_like(order).scatter_(0, order, positions(offsets))
+    return place < k
 
 
 def ranks(scores: Tensor, relevant: Tensor, offsets: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -71,7 +93,8 @@ def ranks(scores: Tensor, relevant: Tensor, offsets: Tensor, weight: Tensor | No
         if weight.shape != scores.shape:
             raise ValueError(f"weight must be [N] like scores, got {list(weight.shape)}")
         favoured = favoured[weight[favoured].argsort(stable=True)]
-    order = order_within(scores, offsets, torch.cat([(relevant == 0).nonzero().squeeze(1), favoured]))
+    order = torch.cat([(relevant == 0).nonzero().squeeze(1), favoured])
+    order = order_within(scores, offsets, order[request_of(offsets)[order].argsort(stable=True)])
     return torch.empty_like(order).scatter_(0, order, positions(offsets))
 
 

@@ -15,7 +15,7 @@ from torchmetrics.functional.retrieval import retrieval_normalized_dcg
 
 from joint import metrics
 from joint.metrics import AucState, Ratio, merge_all
-from joint.ranks import NEVER, corpus_ranks, inversions, ranks
+from joint.ranks import NEVER, corpus_ranks, inversions, order_within, ranks, top_k
 
 LENGTHS = [5, 0, 1, 12, 33, 2, 0, 7, 1, 64, 3, 0]
 Request = list[tuple[Any, ...]]
@@ -103,6 +103,18 @@ def test_at_k_equals_a_loop_over_sorted_lists(name: str, k: int, levels: int) ->
         lists = requests(offsets, scores, relevant, weight)
         value = AT_K[name](scores, relevant, weight, offsets, k).value
         assert value == pytest.approx(expected(name, lists, k), rel=1e-12)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [4, 4, 4], [3, 5, 0, 4], [0, 0], []], ids=str)
+def test_order_within_equals_sorted_requests_in_rows_and_at_once(lengths: list[int]) -> None:
+    scores, *_, offsets = ragged(5, lengths=lengths)
+    lists = [
+        sorted(range(start, end), key=lambda n: -float(scores[n]))
+        for start, end in zip(offsets.tolist(), offsets.tolist()[1:], strict=False)
+    ]
+    found = order_within(scores, offsets, torch.arange(len(scores)))
+    assert found.tolist() == [n for request in lists for n in request]
+    assert top_k(scores, offsets, 2).nonzero().flatten().tolist() == sorted(n for r in lists for n in r[:2])
 
 
 def test_ranks_by_hand() -> None:
