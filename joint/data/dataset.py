@@ -39,13 +39,11 @@ class Dataset:
         self.predictions = predictions
         self.schema = scored(read_schema(self.directory), predictions)
         self.catalogue, self.first_day = self._read_catalogue()
-        for part in self.schema.parts:
-            self._check_part(part)
+        self.footers = {part.path: self._checked(part) for part in self.schema.parts}  # each is read once
 
     def largest_group(self) -> int:
         """The highest user group of any request, from the files' footers alone."""
-        footers = (pq.read_metadata(self.directory / part.path) for part in self.schema.parts)
-        blocks = (footer.row_group(index) for footer in footers for index in range(footer.num_row_groups))
+        blocks = (footer.row_group(n) for footer in self.footers.values() for n in range(footer.num_row_groups))
         columns = (block.column(i) for block in blocks for i in range(block.num_columns))
         return max(int(c.statistics.max) for c in columns if c.path_in_schema == "group" and c.statistics is not None)
 
@@ -84,7 +82,8 @@ class Dataset:
         groups = range(len(part.groups)) if groups is None else groups
         own = [name for name in further if name not in self._predicted]
         try:
-            table = pq.ParquetFile(path).read_row_groups(list(groups), columns=[*self.columns(), *own])
+            file = pq.ParquetFile(path, metadata=self.footers[part.path])
+            table = file.read_row_groups(list(groups), columns=[*self.columns(), *own])
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path}: row groups {list(groups)} cannot be read ({first_line(error)})") from error
         requests = from_arrow(table)
@@ -160,7 +159,7 @@ class Dataset:
                 _check_lengths(path, feature.name, column.lengths, expected, "its size")
         return columns, first_day
 
-    def _check_part(self, part: Part) -> None:
+    def _checked(self, part: Part) -> pq.FileMetaData:
         path = self.directory / part.path
         file = _open(path, pq.ParquetFile)
         _require(path, [*self.columns(), *self.further_columns(), "split"], file.schema_arrow.names)
@@ -168,6 +167,7 @@ class Dataset:
         if groups != list(part.groups):
             found, said = (f"{sum(counts)} in {len(counts)} row groups" for counts in (groups, part.groups))
             raise DataError(f"{path}: requests: {found}; dataset.json says {said}")
+        return file.metadata
 
 
 def _open(path: Path, reader: Callable[[Path], T]) -> T:

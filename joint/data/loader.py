@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from joint.batch import Batch
 from joint.data.assemble import Assembler, logged
+from joint.data.narrow import narrowed
 from joint.data.order import DayOrder, Position
 from joint.data.pool import NO_POOL, PoolItems, sampled_items, shared_random
 from joint.data.ragged import draw
@@ -37,8 +38,9 @@ class Loader:
         if data.shards % world_size:
             raise ConfigError(f"data.shards: {data.shards} is not a multiple of the number of ranks, {world_size}")
         self.assembler = assembler
-        wanted = assembler.dataset.schema.days(data.train, data.days)
-        self.days = {day: parts for day, parts in assembler.dataset.parts(data.train).items() if day in wanted}
+        self.dataset = narrowed(assembler.dataset, assembler.plan)
+        wanted = self.dataset.schema.days(data.train, data.days)
+        self.days = {day: parts for day, parts in self.dataset.parts(data.train).items() if day in wanted}
         self.data = data
         self.seed = assembler.plan.config.run.seed
         self.shards = range(rank, data.shards, world_size)
@@ -78,7 +80,7 @@ class Loader:
             for day in range(start.day if epoch == start.epoch else 0, len(days)):
                 order = self._order(epoch, days[day])
                 first = start.batch if (epoch, day) == (start.epoch, start.day) else 0
-                streams = [order.shares(shard, first, self.assembler.dataset, self.scores) for shard in self.shards]
+                streams = [order.shares(shard, first, self.dataset, self.scores) for shard in self.shards]
                 for batch, shares in enumerate(zip(*streams, strict=True), start=first):
                     following = Position(epoch, day, batch + 1)
                     if batch + 1 == order.batches:
@@ -105,7 +107,7 @@ class Loader:
 
     def _sample(self, requests: Requests, epoch: int) -> Candidates:
         keys = draw(self.seed, epoch, requests.scalars("request_id"))
-        candidates = logged(requests, self.assembler.dataset)
+        candidates = logged(requests, self.dataset)
         if self.data.shuffle_stages:
             candidates = shuffle_stages(candidates, keys)
         quotas = self.data.candidates

@@ -16,9 +16,11 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from joint.batch import Batch
 from joint.config import load_config
+from joint.data import loader
 from joint.data.assemble import Assembler
 from joint.data.dataset import Dataset
 from joint.data.loader import Loader, prefetch
+from joint.data.narrow import narrowed
 from joint.data.order import WINDOW_GROUPS, DayOrder, Position
 from joint.errors import ConfigError, DataError
 from joint.features import Plan
@@ -197,6 +199,21 @@ def test_positions_count_batches_of_a_day(assembler: MakeAssembler) -> None:
         )
         assert following.day < DAYS
         position = following
+
+
+def test_columns_that_no_key_history_or_task_needs_are_not_read(
+    assembler: MakeAssembler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = assembler(
+        *("encoders.watched.events=[]", "encoders.saved.history=watched", "data.not_eligible=[]"),
+        *("tasks.minutes=", "tasks.share=", "heads.ranking.features=[user_id, watched, item_id]"),
+    )
+    [narrow] = batches(made, 1)
+    read = narrowed(made.dataset, made.plan).columns()
+    assert set(made.dataset.columns()) - set(read) == {"device", "watched.seen_on", "saved", "minutes", "share"}
+    monkeypatch.setattr(loader, "narrowed", lambda dataset, _: dataset)
+    for one, other in zip(narrow, batches(made, 1)[0], strict=True):
+        assert_same(one, other)
 
 
 def test_a_batch_takes_its_share_from_every_shard(assembler: MakeAssembler) -> None:
