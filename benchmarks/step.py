@@ -113,7 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             alone = forward_and_backward(model, optimizer, batches, parsed.steps)
             clock = taken_apart(model, optimizer, config, batches, parsed.steps)
         show(clock.medians())
-        whole, waited = trainer(config, dataset, parsed.steps)
+        between, _, waited = trainer(config, dataset, parsed.steps)
+        whole = between.median(0).values
     candidates = statistics.mean(len(batch.item) for batch in batches)
     print(f"\n{'candidates a second of':28}{'wall':>9}{'processor':>14}")
     for name, seconds in (("the trainer", whole), ("forward and backward alone", alone)):
@@ -177,15 +178,17 @@ def show(parts: Mapping[str, Sequence[float]]) -> None:
         print(f"{name:28}{wall:9.1f}{processor:14.1f}{processor / whole:8.1%}")
 
 
-def trainer(config: Config, dataset: Dataset, steps: int) -> tuple[torch.Tensor, float]:
-    """Median wall and processor seconds from step to step of the trainer itself, and the share it waited for data."""
-    ends, waits = [], []
+def trainer(config: Config, dataset: Dataset, steps: int) -> tuple[torch.Tensor, list[int], float]:
+    """Of the trainer itself: wall and processor seconds from step to step `[steps, 2]`, the candidates of each step,
+    and the share of the time that it waited for data."""
+    ends, waits, counts = [], [], []
 
     class Counting(Reporter):
-        def step(self, *arguments: Any, waited: float, **named: Any) -> None:
-            super().step(*arguments, waited=waited, **named)
+        def step(self, *arguments: Any, waited: float, candidates: int, **named: Any) -> None:
+            super().step(*arguments, waited=waited, candidates=candidates, **named)
             ends.append(_now())
             waits.append(waited)
+            counts.append(candidates)
             if len(ends) > WARM_UP + steps:
                 raise EnoughError
 
@@ -196,7 +199,7 @@ def trainer(config: Config, dataset: Dataset, steps: int) -> tuple[torch.Tensor,
     with suppress(EnoughError):
         joint.training.train(config, dataset)
     between = torch.stack(ends).diff(dim=0)[WARM_UP:]
-    return between.median(0).values, sum(waits[WARM_UP + 1 :]) / float(between[:, 0].sum())
+    return between, counts[WARM_UP + 1 :], sum(waits[WARM_UP + 1 :]) / float(between[:, 0].sum())
 
 
 if __name__ == "__main__":
