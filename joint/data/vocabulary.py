@@ -1,4 +1,4 @@
-"""Words -> ids, by pandas, whose import takes a third of a second: so apart from what training imports."""
+"""Words -> ids, by pandas, whose import takes a fifth of a second: apart from what training imports."""
 
 from __future__ import annotations
 
