@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Literal
 
 from joint.experiment import Config, Cross, Encoder, Table, heads_of
+from joint.ids import collision_rate
 from joint.objectives import ItemViews, MultiClass
 from joint.schema import Feature, Schema
 from towers.embeddings import TableShape, width_name
@@ -128,16 +129,31 @@ class Plan:
         for key in self.keys:
             if key.embedded:
                 keys.setdefault(key.table, []).append(key)
-        sizes: dict[str, int] = {}
-        for feature in self.schema.features:
-            sizes[feature.space] = max(feature.size, sizes.get(feature.space, 0))
-        shapes = []
+        sizes, shapes = self.id_spaces, []
         for name, readers in keys.items():
             space = readers[0].feature.space
             table = self.config.tables[space]
             rows = sizes[space] if table.rows == "auto" else table.rows
             shapes.append(TableShape(name=name, rows=rows, dim=table.dim, keys=tuple(key.name for key in readers)))
         return tuple(shapes)
+
+    @cached_property
+    def id_spaces(self) -> dict[str, int]:
+        """Id space -> its size: ids are 1 .. size - 1, and 0 is unknown."""
+        sizes: dict[str, int] = {}
+        for feature in self.schema.features:
+            sizes[feature.space] = max(feature.size, sizes.get(feature.space, 0))
+        return sizes
+
+    @cached_property
+    def collisions(self) -> dict[str, float]:
+        """Hashed id space -> the share of its ids that share their row with another."""
+        hashed = {space: table.rows for space, table in self.config.tables.items() if table.hash}
+        return {
+            space: collision_rate(self.id_spaces[space] - 1, rows)
+            for space, rows in hashed.items()
+            if space in self.id_spaces and rows != "auto"
+        }
 
     @cached_property
     def table_settings(self) -> dict[str, Table]:

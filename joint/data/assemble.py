@@ -21,6 +21,7 @@ from joint.data.requests import Requests
 from joint.data.sampling import Candidates
 from joint.experiment import Task
 from joint.features import Key, Plan
+from joint.ids import hashed_rows
 from joint.objectives import head_spaces, stage_mask
 from joint.schema import Stage, table_rows
 
@@ -35,6 +36,7 @@ class Assembler:
         self.dataset = dataset
         self.eligibility = Eligibility(dataset, plan.config.data)
         self.rows = {table.name: table.rows for table in plan.tables}
+        self.hashed = {name: table.hash for name, table in plan.table_settings.items()}
         self.head_spaces = head_spaces(plan.config.objectives.values(), plan.config.heads.__dict__)
 
     def __call__(
@@ -68,6 +70,9 @@ class Assembler:
             ids, lengths = columns.ids(key)
             if lengths is not None:
                 inner[key.name] = torch.from_numpy(lengths)
+            if self.hashed[key.table]:
+                values[key] = ids.with_values(hashed_rows(ids.values, self.rows[key.table]))
+                continue
             rows, missed = table_rows(ids.values, self.rows[key.table])
             unknown += missed
             values[key] = ids.with_values(rows)
