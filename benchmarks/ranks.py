@@ -5,7 +5,8 @@
 One thread each, half of the requests of a global batch each, the same model: once most of the work is in tables
 (`embedding`: wide rows, many ids, small towers), once in towers (`dense`). Both sides take turns; medians of the
 combined requests per second. `exchanging` is the share of a rank's step inside gloo's operations, waiting for the other
-included; `checkpoint / training` is in process time, at the default interval.
+included; `by process time` leaves waiting out, for machines that others use too; `checkpoint / training` is in
+process time, at the default interval.
 """
 
 from __future__ import annotations
@@ -132,16 +133,20 @@ def main() -> None:
         data = f"{folder}/world"
         prepare = [sys.executable, "-m", "joint.prepare", "simulate", data, "--world", "biased", "--size", "small"]
         subprocess.run(prepare, check=True, capture_output=True)
-        print("| case | apart, requests/s | together | together / apart | exchanging | checkpoint / training |")
-        print("|---|---|---|---|---|---|")
+        print("| case | apart, requests/s | together | ratio | by process time | exchanging | checkpoint / training |")
+        print("|---|---|---|---|---|---|---|")
         for case in CASES:
             rounds = [[measure(case, data, together=together) for together in (False, True)] for _ in range(ROUNDS)]
             apart, together = (statistics.median(sum(p["rate"] for p in r[k]) for r in rounds) for k in (0, 1))
             ratio = statistics.median(sum(p["rate"] for p in r[1]) / sum(p["rate"] for p in r[0]) for r in rounds)
+            busy = statistics.median(sum(p["step"] for p in r[0]) / sum(p["step"] for p in r[1]) for r in rounds)
             exchange = statistics.median(p["exchange"] for r in rounds for p in r[1])
             save = statistics.median(p["save"] / p["step"] for r in rounds for p in r[0])
             every = Train().checkpoint_every
-            print(f"| {case} | {apart:,.0f} | {together:,.0f} | {ratio:.2f} | {exchange:.0%} | {save / every:.2%} |")
+            print(
+                f"| {case} | {apart:,.0f} | {together:,.0f} | {ratio:.2f} | {busy:.2f} | {exchange:.0%} "
+                f"| {save / every:.2%} |"
+            )
 
 
 if __name__ == "__main__":
