@@ -27,11 +27,17 @@ BASE = [
     "tqdm",
 ]
 REPORT = ["scipy", "matplotlib"]
+SERVE = ["onnxruntime==1.31.1", "faiss-cpu==1.15.1"]
+HTTP = ["fastapi", "uvicorn"]  # of the demo
+EXPORT = ["onnx==1.23.2", "onnxscript==0.7.2", *SERVE]  # an export answers its own golden requests before it is done
 EXTRAS = {
     "cpu": ["fbgemm-gpu-cpu==1.8.0", "tensordict", "torchmetrics==1.0.3", "pyre-extensions"],
     "gpu": ["fbgemm-gpu==1.8.0", "torchrec==1.8.0"],
     "report": REPORT,
-    "dev": ["pytest", "ruff", "mypy", *REPORT],
+    "export": EXPORT,
+    "serve": SERVE,
+    "http": HTTP,
+    "dev": ["pytest", "ruff", "mypy", *REPORT, *EXPORT, *HTTP, "httpx"],
 }
 # The experiments travel inside the wheel, where `joint train configs/sdcl.yaml` finds them.
 CONFIGS = ["joint.configs", "joint.configs.papers", "joint.configs.ablations"]

@@ -17,6 +17,8 @@ COMMANDS = {
     "cascade": "a run's funnel, stage by stage",
     "predict": "a run's scores and lists, as Parquet",
     "weights": "what a run's adaptive weights of negatives were",
+    "export": "a run to a folder that serves without torch",
+    "serve": "check, ask or demonstrate an exported folder",
     "compare": "variants by seeds and worlds, with tests",
 }
 

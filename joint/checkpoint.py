@@ -11,16 +11,19 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
@@ -240,6 +243,28 @@ class _Grown(dcp.DefaultLoadPlanner):
             if isinstance(before, TensorStorageMetadata) and before.size and before.size[1:] == value.size()[1:]:
                 saved[name] = replace(before, size=max(before.size, value.size()))
         return super().create_local_plan()
+
+
+def read_model(path: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint's model by name, whole, whatever ranks wrote it; no process group is needed.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    prefix = "model."
+    try:
+        found = FileSystemReader(path).read_metadata().state_dict_metadata
+        state = {
+            name: torch.empty(tuple(kept.size), dtype=kept.properties.dtype)
+            for name, kept in found.items()
+            if name.startswith(prefix) and isinstance(kept, TensorStorageMetadata)
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is no process group is what is meant
+            dcp.load(state, checkpoint_id=path, no_dist=True)
+    except (dcp.CheckpointException, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: cannot be loaded ({str(error).strip().splitlines()[-1]})") from error
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
 def _remove(path: Path) -> None:

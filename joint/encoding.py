@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from joint.batch import Batch
-from joint.features import Key, Plan, Reading
+from joint.features import Plan, Reading
+from joint.keys import Key
 from towers.sequence import CompetingEncoder, build_encoder, to_padded
 
 Rows = dict[str, Tensor]  # key name -> its rows: [R, D], [N, D], [P, D] or [events, D]
@@ -34,21 +35,36 @@ class HistoryEncoder(nn.Module):
         self.encoder = build_encoder(config.by, dim=dim)
         self.per_candidate = reading.per_candidate
 
-    def history(self, rows: Rows, batch: Batch) -> tuple[Tensor, Tensor]:
-        """`[R, L, D]` and lengths `[R]`."""
-        lengths = batch.lengths[self.config.history]
+    def events(self, rows: Rows, competitors: Tensor | None, mirrored: Tensor | None = None) -> Tensor:
+        """`[events, D]`: past items with what happened to them, or (RecFlow A.6) what each won against in its place.
+
+        Args:
+            competitors: which of each event's are some, bool `[events, K]`.
+            mirrored: whose competitors each event takes, `[events]`; None: its own.
+        """
         past = torch.cat([rows[key] for key in self.item_keys], dim=1)
         if self.event is not None:
             event = self.event(torch.cat([rows[key] for key in self.event_keys], dim=1))
             past = past * event if self.config.combine == "multiply" else past + event
         if self.competing is not None:
-            valid = batch.competitors[self.config.history]
-            others = torch.cat([rows[key] for key in self.competitor_keys], dim=1).unflatten(0, valid.shape)
-            if self.config.competing is not None and self.config.competing.reverse:
-                mirrored = _mirrored(lengths)
-                others, valid = others.index_select(0, mirrored), valid.index_select(0, mirrored)
-            past = self.competing(past, others, valid)
+            assert competitors is not None
+            others = torch.cat([rows[key] for key in self.competitor_keys], dim=1).unflatten(0, competitors.shape)
+            if mirrored is not None:
+                others, competitors = others.index_select(0, mirrored), competitors.index_select(0, mirrored)
+            past = self.competing(past, others, competitors)
+        return past
+
+    def history(self, rows: Rows, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`[R, L, D]` and lengths `[R]`."""
+        lengths = batch.lengths[self.config.history]
+        reverse = self.config.competing is not None and self.config.competing.reverse
+        competitors = batch.competitors.get(self.config.history)
+        past = self.events(rows, competitors, _mirrored(lengths) if reverse else None)
         return to_padded(past, lengths, self.config.length), lengths
+
+    def targets(self, rows: Rows) -> Tensor:
+        """`[N, D]`: the candidates, in the features that past items have."""
+        return torch.cat([rows[key] for key in self.target_keys], dim=1)
 
     def forward(self, rows: Rows, batch: Batch, chosen: Tensor | None = None) -> Tensor:
         """One vector a request `[R, D]`, or one for each of the `chosen` candidates."""
@@ -56,8 +72,8 @@ class HistoryEncoder(nn.Module):
         if not self.per_candidate:
             return self.encoder(history, lengths)
         assert chosen is not None
-        target = torch.cat([rows[key] for key in self.target_keys], dim=1)
-        return self.encoder(history, lengths, target.index_select(0, chosen), batch.row.index_select(0, chosen))
+        target = self.targets(rows).index_select(0, chosen)
+        return self.encoder(history, lengths, target, batch.row.index_select(0, chosen))
 
 
 def _mirrored(lengths: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import Literal
 
+from joint.data.cross import Cross
 from joint.data.sampling import Quota
 from joint.objectives import Distillation, Head, Imitation, Objective
 from towers.pre_ranking import PreRanking
@@ -149,23 +150,6 @@ class Encoder:
             raise ValueError("features or events name a feature twice")
         if self.combine == "multiply" and not self.events:
             raise ValueError("combine multiply has no events to multiply by")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cross:
-    """A feature of (history, candidate), computed for every candidate alike, sampled ones too.
-
-    `count`: log(1 + how many of the history's events share the candidate's value of an item feature). `recency`:
-    1 / (1 + events since the latest that does), 0 if none does.
-    """
-
-    history: str
-    feature: str
-    of: Literal["count", "recency"] = "count"
-    length: int = 50  # newest events read
-
-    def __post_init__(self) -> None:
-        _at_least(1, length=self.length)
 
 
 @dataclass(frozen=True, kw_only=True)

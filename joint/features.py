@@ -7,41 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from joint.experiment import Config, Cross, Encoder, Table, heads_of
+from joint.data.cross import Cross
+from joint.experiment import Config, Encoder, Table, heads_of
 from joint.ids import collision_rate
+from joint.keys import HeadSide, Key, Reads, Side
 from joint.objectives import ItemViews, MultiClass
 from joint.schema import Feature, Schema
 from towers.embeddings import TableShape, width_name
 from towers.sequence import TargetAttention
-
-Side = Literal["request", "candidate", "pool", "history", "competitors", "cross"]
-HeadSide = Literal["request", "candidate", "pool"]
-
-
-@dataclass(frozen=True)
-class Key:
-    """One list of ids (or floats) a request: a feature, seen from one side."""
-
-    side: Side
-    feature: Feature
-    history: str = ""
-    owner: str = ""  # the head whose own table it reads; '' is the shared one
-
-    @property
-    def name(self) -> str:
-        """`user_id`, `candidate.genres`, `pool.item_id`, `liked.item_id`, `liked.competitors.item_id`."""
-        parts = [self.history, "" if self.side in ("request", "history", "cross") else self.side, self.feature.name]
-        return ".".join(part for part in parts if part) + (f"@{self.owner}" if self.owner else "")
-
-    @property
-    def embedded(self) -> bool:
-        """Whether a table is looked up, rather than numbers passed on."""
-        return self.feature.kind in ("id", "ids")
-
-    @property
-    def table(self) -> str:
-        """The table it reads."""
-        return self.feature.space + (f"@{self.owner}" if self.owner else "")
 
 
 @dataclass(frozen=True)
@@ -106,6 +79,13 @@ class Plan:
         return lengths
 
     @cached_property
+    def reads(self) -> Reads:
+        """What the loader reads for all heads."""
+        competed = {key.history for key in self.keys if key.side == "competitors"}
+        competitors = {name: self.schema.history(name).competitors for name in sorted(competed)}
+        return Reads(self.keys, self.history_lengths, competitors, self.crosses)
+
+    @cached_property
     def pool_spaces(self) -> frozenset[str]:
         """The spaces that softmaxes and item views of training are of: `corpus`, or some of `in_batch` and `random`."""
         objectives = self.config.objectives.values()
@@ -136,6 +116,11 @@ class Plan:
             rows = sizes[space] if table.rows == "auto" else table.rows
             shapes.append(TableShape(name=name, rows=rows, dim=table.dim, keys=tuple(key.name for key in readers)))
         return tuple(shapes)
+
+    def _key(self, side: Side, feature: Feature, history: str = "", owner: str = "") -> Key:
+        table = self.config.tables.get(feature.space) if feature.kind in ("id", "ids") else None
+        rows = table.rows if table and table.hash and table.rows != "auto" else 0
+        return Key(side, feature, history, owner, rows)
 
     @cached_property
     def id_spaces(self) -> dict[str, int]:
@@ -185,9 +170,11 @@ class Plan:
         known = {feature.name: feature for feature in self.schema.features if feature.level == level}
         names = heads_of(self.config)[head].features
         found = [known[name] for name in names if name in known]
-        keys = [Key(side, f, owner=owner if f.kind in ("id", "ids") else "") for f in found]
+        keys = [self._key(side, f, owner=owner if f.kind in ("id", "ids") else "") for f in found]
         if side == "candidate":
-            keys += [Key("cross", Feature(name=n, level="item", kind="float")) for n in names if n in self.crosses]
+            keys += [
+                self._key("cross", Feature(name=n, level="item", kind="float")) for n in names if n in self.crosses
+            ]
         return tuple(keys)
 
     def head_encoders(self, head: str, *, per_candidate: bool | None = None) -> tuple[str, ...]:
@@ -214,14 +201,18 @@ class Plan:
             yield from self.head_keys(head, "candidate")
             if head == "retrieval":
                 yield from self.head_keys(head, "pool")
-        for reading in self.readings.values():
-            encoder, owner = reading.encoder, reading.owner
-            for name in encoder.features:
-                feature = self.schema.feature(name)
-                yield Key("history", feature, encoder.history, owner)
-                if reading.per_candidate:
-                    yield Key("candidate", feature, owner=owner)
-                if encoder.competing:
-                    yield Key("competitors", feature, encoder.history, owner)
-            for name in encoder.events:
-                yield Key("history", self.schema.feature(name), encoder.history, owner)
+        for name in self.readings:
+            yield from self.reading_keys(name)
+
+    def reading_keys(self, name: str) -> Iterator[Key]:
+        """What an encoder looks up, and where it sees the candidate, of the candidate too."""
+        encoder, owner = self.readings[name].encoder, self.readings[name].owner
+        for feature_name in encoder.features:
+            feature = self.schema.feature(feature_name)
+            yield self._key("history", feature, encoder.history, owner)
+            if self.readings[name].per_candidate:
+                yield self._key("candidate", feature, owner=owner)
+            if encoder.competing:
+                yield self._key("competitors", feature, encoder.history, owner)
+        for event in encoder.events:
+            yield self._key("history", self.schema.feature(event), encoder.history, owner)

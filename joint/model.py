@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from joint.batch import Batch
 from joint.encoding import HistoryEncoder, Rows
 from joint.experiment import heads_of
-from joint.features import HeadSide, Plan
+from joint.features import Plan
+from joint.keys import HeadSide
 from joint.outputs import HeadOutput, Outputs, Views
 from joint.pool import StreamingFrequency, corpus_pool, item_views, sampled_pool, uniform_items
 from towers.embeddings import segment_mean

@@ -21,9 +21,18 @@ MAY_IMPORT = {
     "joint": {
         *("joint", "losses", "towers", "torch", "torchrec", "numpy", "pandas", "pyarrow", "omegaconf", "yaml"),
         *("fbgemm_gpu", "tqdm", "scipy", "matplotlib"),  # TorchRec brings tqdm; the last two are the extra [report]
+        *("onnx", "onnxruntime", "faiss", "fastapi", "uvicorn"),  # extras [export], [serve] and [http]
     },
 }
-WITHOUT_TORCH = ("joint.schema", "joint.data.ragged", "joint.versions", "joint.settings", "joint.errors")
+WITHOUT_TORCH = (
+    "joint.schema",
+    "joint.data.ragged",
+    "joint.versions",
+    "joint.settings",
+    "joint.errors",
+    "joint.data.columns",
+    "joint.data.eligibility",
+)
 LONGEST_FILE, LONGEST_FUNCTION = 400, 80
 
 

@@ -68,12 +68,12 @@ class _Cross(nn.Module):
         self.first = GroupedLinear(tasks, 3 * config.dim, first)
         self.rest = TaskTower(tasks, first, rest, out_dim=1)
 
-    def forward(self, user: Tensor, item: Tensor, product: Tensor, row: Tensor) -> Tensor:
+    def forward(self, user: Tensor, item: Tensor, product: Tensor, row: Tensor | None) -> Tensor:
         """`[N, T]` of `user [R, T, D]`, `item [N, T, D]`, their `product [N, T, D]` and requests `row [N]`."""
         on_user, on_rest = self.first.weight.split(self.split, dim=1)
         of_user = torch.baddbmm(self.first.bias.unsqueeze(1), user.transpose(0, 1), on_user)  # [T, R, H]
         of_rest = torch.bmm(torch.cat([item, product], dim=2).transpose(0, 1), on_rest)  # [T, N, H]
-        hidden = (of_user.index_select(1, row) + of_rest).relu()
+        hidden = ((of_user if row is None else of_user.index_select(1, row)) + of_rest).relu()
         return self.rest(hidden.transpose(0, 1)).squeeze(2)
 
 
@@ -101,11 +101,17 @@ class TwoTowerHead(nn.Module):
         """`[N, T, D]` of the item side `[N, item_dim]`."""
         return self.item(item)
 
-    def logits(self, user: Tensor, item: Tensor, row: Tensor) -> Tensor:
-        """`[N, T]` of user vectors `[R, T, D]`, item vectors `[N, T, D]` and each candidate's request `[N]`."""
+    def logits(self, user: Tensor, item: Tensor, row: Tensor | None) -> Tensor:
+        """`[N, T]` of user vectors `[R, T, D]`, item vectors `[N, T, D]` and each candidate's request `[N]`.
+
+        `row` None: there is one request, and all candidates are its own (serving).
+        """
         full = torch.promote_types(user.dtype, torch.float32)  # under autocast vectors are less
         user, item = user.to(full), item.to(full)
-        product = user.index_select(0, row) * item
+        if row is None and self.cross is None:  # one matrix product, every task's vector in a column of its own
+            columns = user[0].unsqueeze(2) * torch.eye(user.shape[1]).unsqueeze(1)  # [T, D, T]
+            return item.flatten(1) @ columns.flatten(0, 1) + self.bias
+        product = (user if row is None else user.index_select(0, row)) * item
         logits = product.sum(-1) + self.bias
         return logits if self.cross is None else logits + self.cross(user, item, product, row)
 

@@ -20,8 +20,8 @@ from joint.data.ragged import Ragged
 from joint.data.requests import Requests
 from joint.data.sampling import Candidates
 from joint.experiment import Task
-from joint.features import Key, Plan
-from joint.ids import hashed_rows
+from joint.features import Plan
+from joint.keys import Key
 from joint.objectives import head_spaces, stage_mask
 from joint.schema import Stage, table_rows
 
@@ -36,7 +36,6 @@ class Assembler:
         self.dataset = dataset
         self.eligibility = Eligibility(dataset, plan.config.data)
         self.rows = {table.name: table.rows for table in plan.tables}
-        self.hashed = {name: table.hash for name, table in plan.table_settings.items()}
         self.head_spaces = head_spaces(plan.config.objectives.values(), plan.config.heads.__dict__)
 
     def __call__(
@@ -58,7 +57,7 @@ class Assembler:
                 scores those that its objectives need.
             latest: task -> the latest request (UNIX seconds) whose feedback was known in time (training).
         """
-        columns = Columns(self.plan, self.dataset, requests, candidates.items, pool.items)
+        columns = Columns(self.plan.reads, self.dataset.catalogue, requests, candidates.items, pool.items)
         unknown = 0
         values: dict[Key, Ragged] = {}
         inner: dict[str, Tensor] = {}
@@ -70,9 +69,6 @@ class Assembler:
             ids, lengths = columns.ids(key)
             if lengths is not None:
                 inner[key.name] = torch.from_numpy(lengths)
-            if self.hashed[key.table]:
-                values[key] = ids.with_values(hashed_rows(ids.values, self.rows[key.table]))
-                continue
             rows, missed = table_rows(ids.values, self.rows[key.table])
             unknown += missed
             values[key] = ids.with_values(rows)

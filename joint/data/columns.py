@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from joint.data.cross import cross_values
-from joint.data.dataset import Dataset
 from joint.data.ragged import Ragged, offsets_of
 from joint.data.requests import Column, Requests
-from joint.features import Key, Plan
+from joint.ids import hashed_rows
+from joint.keys import Key, Reads
+from joint.schema import Feature
 
 
 class Columns:
     """Reads requests and the catalogue; everything is per request, in the order of the requests."""
 
-    def __init__(self, plan: Plan, dataset: Dataset, requests: Requests, candidates: Ragged, pool: np.ndarray) -> None:
-        self.plan = plan
-        self.catalogue = dataset.catalogue
+    def __init__(
+        self,
+        reads: Reads,
+        catalogue: Mapping[str, Column],
+        requests: Requests,
+        candidates: Ragged,
+        pool: np.ndarray,
+    ) -> None:
+        self.reads = reads
+        self.catalogue = catalogue
         self.requests = requests
         self.candidates = candidates
         # The pool rides in the first request's list, so that one look-up serves it too.
         self.pool = Ragged(pool, offsets_of(np.where(np.arange(len(requests)) == 0, len(pool), 0)))
-        self.histories = {name: requests.lists(name).newest(n) for name, n in plan.history_lengths.items()}
-        self.competitors = {
-            history.name: self._competitors(history.name, history.competitors)
-            for history in plan.schema.histories
-            if any(key.side == "competitors" and key.history == history.name for key in plan.keys)
-        }
+        self.histories = {name: requests.lists(name).newest(n) for name, n in reads.lengths.items()}
+        self.competitors = {name: self._competitors(name, each) for name, each in reads.competitors.items()}
 
     def ids(self, key: Key) -> tuple[Ragged, np.ndarray | None]:
-        """The key's ids; for a multi-valued feature also how many ids each of its rows has."""
+        """The key's ids, or their rows where its table is hashed; of a multi-valued feature also how many each has."""
+        ids, lengths = self._ids(key)
+        return (ids.with_values(hashed_rows(ids.values, key.hashed)) if key.hashed else ids), lengths
+
+    def _ids(self, key: Key) -> tuple[Ragged, np.ndarray | None]:
         name = key.feature.name
         if key.feature.level == "request":
             if key.feature.kind == "ids":
@@ -51,7 +61,7 @@ class Columns:
             return self._cross(key.feature.name)[:, None]
         if key.feature.level == "event":
             return self._events(key).values.astype(np.float32)[:, None]
-        width = self.plan.dim(key.feature)
+        width = width_of(key.feature)
         if key.feature.level == "request":
             return _rows(self.requests.columns[key.feature.name], width).astype(np.float32)
         items = self._items(key).values
@@ -70,13 +80,13 @@ class Columns:
                 return self.histories[key.history]
 
     def _events(self, key: Key) -> Ragged:
-        return self.requests.lists(f"{key.history}.{key.feature.name}").newest(self.plan.history_lengths[key.history])
+        return self.requests.lists(f"{key.history}.{key.feature.name}").newest(self.reads.lengths[key.history])
 
     def _competitors(self, history: str, each: int) -> Ragged:
-        return self.requests.lists(f"{history}.competitors").newest(self.plan.history_lengths[history] * each)
+        return self.requests.lists(f"{history}.competitors").newest(self.reads.lengths[history] * each)
 
     def _cross(self, name: str) -> np.ndarray:
-        cross = self.plan.crosses[name]
+        cross = self.reads.crosses[name]
         past = self.histories[cross.history].newest(cross.length)
         column = self.catalogue[cross.feature]
         assert isinstance(column, np.ndarray)
@@ -85,6 +95,11 @@ class Columns:
             self.candidates.with_values(column[self.candidates.values]),
             cross.of,
         )
+
+
+def width_of(feature: Feature) -> int:
+    """Columns of a float or vector feature."""
+    return 1 if feature.kind == "float" else feature.size
 
 
 def _rows(column: Column, width: int) -> np.ndarray:

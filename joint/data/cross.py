@@ -5,11 +5,30 @@ A logged cross column would tell a sampled negative by its missing value.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from joint.data.ragged import Ragged
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cross:
+    """A feature of (history, candidate), computed for every candidate alike, sampled ones too.
+
+    `count`: log(1 + how many of the history's events share the candidate's value of an item feature). `recency`:
+    1 / (1 + events since the latest that does), 0 if none does.
+    """
+
+    history: str
+    feature: str
+    of: Literal["count", "recency"] = "count"
+    length: int = 50  # newest events read
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise ValueError(f"length must be at least 1, found {self.length}")
 
 
 def cross_values(past: Ragged, candidates: Ragged, of: Literal["count", "recency"]) -> np.ndarray:

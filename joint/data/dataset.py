@@ -133,6 +133,16 @@ class Dataset:
         parts = [part for day in self.parts([split]).values() for part in day]
         return concatenate_requests([self.read(part) for part in parts])
 
+    def vocabularies(self) -> dict[str, pa.Array]:
+        """Id space -> its words, that of id i + 1 at place i; a space that kept none is left out."""
+        spaces = sorted({feature.space for feature in self.schema.features})
+        paths = {space: self.directory / "vocabularies" / f"{space}.parquet" for space in spaces}
+        return {
+            space: _open(path, pq.read_table).column("value").combine_chunks()
+            for space, path in paths.items()
+            if path.is_file()
+        }
+
     def _read_catalogue(self) -> tuple[dict[str, Column], dict[str, np.ndarray]]:
         """The item features; and for every pool ('' is the whole catalogue) the day on which each item joins it."""
         path = self.directory / "items.parquet"

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from joint.data.dataset import Dataset
 from joint.data.ragged import Ragged, concatenate, contains, draw, offsets_of, side_by_side
 from joint.data.requests import Requests
-from joint.experiment import Data
 from joint.schema import NEVER, Stage
+
+if TYPE_CHECKING:  # serving imports this module, and does without torch
+    from joint.data.dataset import Dataset
+    from joint.experiment import Data
 
 ATTEMPTS = 8  # draws for a slot before it is given up: with half the pool taken, 1 in 256 stays empty
 
@@ -57,17 +60,11 @@ class Eligibility:
 
     def is_open(self, items: np.ndarray, day: int) -> np.ndarray:
         """Which items, -1 for none, have joined the pool by a day: bool, shaped as `items`."""
-        return (items >= 0) & (self.first_day[items] <= day)
+        return open_items(self.first_day, items, day)
 
     def taken(self, requests: Requests) -> Ragged:
         """The items in the named histories of each request, int64."""
-        count, names = len(requests), self.histories
-        if not names:
-            return Ragged(np.zeros(0, np.int64), np.zeros(count + 1, np.int64))
-        joined = concatenate([requests.lists(name) for name in names])
-        order = np.arange(len(names) * count).reshape(len(names), count).T.ravel()
-        taken = joined.take(order)
-        return Ragged(taken.values.astype(np.int64), taken.offsets[:: len(names)])
+        return taken_items(requests, self.histories)
 
     def mask(self, requests: Requests) -> np.ndarray:
         """Which items of `corpus` are eligible for each request: bool [R, C]."""
@@ -121,6 +118,22 @@ class Eligibility:
             drawn[open_[free]] = tried[free]
             open_ = open_[~free]
         return Ragged(drawn, offsets_of(np.full(len(keys), quota))).keep(drawn >= 0)
+
+
+def open_items(first_day: np.ndarray, items: np.ndarray, day: int) -> np.ndarray:
+    """Which items, -1 for none, have joined by a day: bool, shaped as `items`."""
+    return (items >= 0) & (first_day[items] <= day)
+
+
+def taken_items(requests: Requests, histories: Sequence[str]) -> Ragged:
+    """The items in these histories of each request, int64."""
+    count, names = len(requests), histories
+    if not names:
+        return Ragged(np.zeros(0, np.int64), np.zeros(count + 1, np.int64))
+    joined = concatenate([requests.lists(name) for name in names])
+    order = np.arange(len(names) * count).reshape(len(names), count).T.ravel()
+    taken = joined.take(order)
+    return Ragged(taken.values.astype(np.int64), taken.offsets[:: len(names)])
 
 
 def _logged_counts(dataset: Dataset, splits: Sequence[str]) -> np.ndarray:

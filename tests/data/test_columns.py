@@ -340,7 +340,7 @@ def test_tables_of_one_s_own_are_looked_up_with_the_same_ids(make: Callable[...,
 def test_an_empty_selection_of_requests(make: Callable[..., Assembler]) -> None:
     made = make()
     none = made.dataset.read_split("train").take(np.zeros(0, int))
-    columns = Columns(made.plan, made.dataset, none, none.lists("candidates"), np.zeros(0, np.int64))
+    columns = Columns(made.plan.reads, made.dataset.catalogue, none, none.lists("candidates"), np.zeros(0, np.int64))
     for key in made.plan.keys:
         if key.embedded:
             assert len(columns.ids(key)[0]) == 0
