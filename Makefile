@@ -1,10 +1,11 @@
 # make train: from nothing to a trained, measured funnel.  make test: the tests, the way CI runs them.
+# make gpu-check EXTRA=gpu: what only a GPU can show, as one JSON to post.
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRA ?= cpu
 DATA := data/ml-100k
 
-.PHONY: install data train test check fast-test golden benchmarks clean
+.PHONY: install data train test check fast-test golden benchmarks gpu-check clean
 
 install: .venv/installed-$(EXTRA)
 
@@ -43,6 +44,10 @@ benchmarks: install
 	$(BIN)/python -m benchmarks.losses
 	$(BIN)/python -m benchmarks.metrics
 	$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.ranks
+
+gpu-check: install
+	$(BIN)/python -m benchmarks.gpu_check
 
 clean:
 	rm -rf .venv data runs

@@ -19,6 +19,7 @@ COMMANDS = {
     "weights": "what a run's adaptive weights of negatives were",
     "export": "a run to a folder that serves without torch",
     "serve": "check, ask or demonstrate an exported folder",
+    "plan": "where the tables of a config would go on many ranks",
     "compare": "variants by seeds and worlds, with tests",
 }
 

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable
 
-from joint.errors import RankError, UserError
+from joint.errors import UserError
 
 FIRST_RANK_SPEAKS = 30  # seconds that the other ranks leave it
 
@@ -21,7 +21,7 @@ def run_command(main: Callable[[], int]) -> int:
     try:
         return main()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
+        if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr, flush=True)
         else:
             # The first rank says it. A rank that ended before it would make torchrun end the first one unheard;

@@ -1,4 +1,4 @@
-"""Ranks: the process group, the sharding of tables, and the collectives that training needs."""
+"""Ranks: the process group, the first rows of tables, and the collectives that training needs."""
 
 from __future__ import annotations
 
@@ -11,16 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
-from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise, table_wise
-from torchrec.distributed.types import ModuleSharder, ShardingPlan
-
-from joint.errors import ConfigError
 
 TIMEOUT = timedelta(minutes=5)
-ROW_WISE_FROM = 100_000  # rows from which an 'auto' table is split over the ranks
 INIT_BLOCK = 1024  # rows that share one seeded generator
 
 
@@ -33,7 +27,10 @@ def process_group() -> Iterator[torch.device]:
         torch.cuda.set_device(device)
     backend = "nccl" if cuda else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        store, rank_, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        # After a restart torchrun's store still holds the addresses of dead ranks, for which the living would wait.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=rank_, world_size=size, timeout=TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -61,12 +58,17 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def gather_objects(value: Any) -> list[Any]:
+def new_host_group() -> dist.ProcessGroup:
+    """A group of all ranks of its own, over gloo: for what must not mingle with training or wait for a GPU."""
+    return dist.new_group(backend="gloo", timeout=TIMEOUT)
+
+
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Every rank's value, in order of rank, on every rank. Small Python objects of our own only."""
     if world_size() == 1:
         return [value]
     gathered: list[Any] = [None] * world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=group)
     return gathered
 
 
@@ -100,41 +102,6 @@ class _GatherRows(torch.autograd.Function):
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient.chunk(world_size())[rank()]
-
-
-def shard(module: nn.Module, sharding: dict[str, str], *, device: torch.device) -> DistributedModelParallel:
-    """Spread the tables over the ranks; their rows still have to be initialised or loaded.
-
-    Args:
-        module: holds a `SharedEmbeddings` at `embeddings`, on meta, with its optimizer already in backward.
-        sharding: table -> 'auto', 'table_wise' or 'row_wise'.
-    """
-    sharder = EmbeddingCollectionSharder()
-    sharders: list[ModuleSharder[nn.Module]] = [sharder]
-    plan = ShardingPlan(plan={})
-    turn = 0
-    for name, collection in module.embeddings.collections.items():  # type: ignore[union-attr,operator]
-        parts = {}
-        for table in sorted(collection.embedding_configs(), key=lambda t: -t.num_embeddings * t.embedding_dim):
-            kind = sharding[table.name]
-            # The kernel is always named: without it a hand-made plan means a dense kernel, which is broken on CPU.
-            if kind == "row_wise" or (kind == "auto" and table.num_embeddings >= ROW_WISE_FROM and world_size() > 1):
-                _check_rows(table.name, table.num_embeddings)
-                parts[table.name] = row_wise(compute_kernel="fused")
-            else:
-                parts[table.name] = table_wise(rank=turn % world_size(), compute_kernel="fused")
-                turn += 1
-        plan.plan[f"embeddings.collections.{name}"] = construct_module_sharding_plan(
-            collection, parts, sharder, world_size(), world_size(), device.type
-        )
-    return DistributedModelParallel(module, device=device, plan=plan, sharders=sharders)
-
-
-def _check_rows(table: str, rows: int) -> None:
-    block = -(-rows // world_size())
-    if block * (world_size() - 1) >= rows:
-        space = table.partition("@")[0]
-        raise ConfigError(f"tables.{space}.sharding: {rows} rows leave a rank of {world_size()} empty; use table_wise")
 
 
 def initialise_tables(model: DistributedModelParallel, ranges: dict[str, float], seed: int) -> None:

@@ -13,10 +13,6 @@ class DataError(UserError):
     """A log or a dataset is not what it should be."""
 
 
-class RankError(UserError):
-    """A mistake that this rank alone has seen: the others only notice that it is gone."""
-
-
 class CheckpointError(UserError):
     """A run directory or a checkpoint cannot be used."""
 

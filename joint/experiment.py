@@ -110,15 +110,23 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """An embedding table; `auto` rows are as many as the dataset has ids."""
+    """An embedding table; `auto` rows are as many as the dataset has ids.
+
+    `sharding`: on one rank (table_wise), its rows over all (row_wise), by its size (auto), or as TorchRec's planner
+    decides. `memory`, on CUDA: that of the GPU, of the host (uvm), or of the host behind a cache on the GPU.
+    """
 
     rows: int | Literal["auto"] = "auto"
     dim: int
-    sharding: Literal["auto", "table_wise", "row_wise"] = "auto"
+    sharding: Literal["auto", "table_wise", "row_wise", "planner"] = "auto"
+    memory: Literal["device", "uvm", "uvm_caching"] = "device"
+    hash: bool = False  # ids to rows by a 64-bit hash: any number of ids in `rows` rows, some of which they share
     init: float = 0.05  # rows start uniform in [-init, init]
 
     def __post_init__(self) -> None:
         _at_least(1, dim=self.dim, **({} if self.rows == "auto" else {"rows": self.rows}))
+        if self.hash and (self.rows == "auto" or self.rows < 2):
+            raise ValueError(f"hash needs a number of rows, at least 2; found rows {self.rows}")
         _at_least(0, init=self.init)
 
 
@@ -167,9 +175,12 @@ class Heads:
 
 @dataclass(frozen=True, kw_only=True)
 class TableOptimizer:
-    """The fused optimizer of all tables, applied in the backward pass. Row-wise: one float of state per row."""
+    """The fused optimizer of all tables, applied in the backward pass. Row-wise: one float of state per row.
 
-    kind: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
+    FBGEMM has Adam (two floats of state per weight) for CUDA alone.
+    """
+
+    kind: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"
     lr: float = 0.1
 
     def __post_init__(self) -> None:
@@ -211,6 +222,7 @@ class Train:
     log_every: int = 10
     checkpoint_every: int = 100
     keep: int = 2
+    save_beside_training: bool = False  # copy the state and write it in a thread, rather than wait for the disk
     evaluate_every_epochs: int = 1
     precision: Literal["float32", "bfloat16"] = "float32"
     fast_lookup: bool = True

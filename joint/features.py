@@ -9,7 +9,8 @@ from typing import Literal
 
 from joint.data.cross import Cross
 from joint.experiment import Config, Encoder, Table, heads_of
-from joint.keys import HeadSide, Key, Reads
+from joint.ids import collision_rate
+from joint.keys import HeadSide, Key, Reads, Side
 from joint.objectives import ItemViews, MultiClass
 from joint.schema import Feature, Schema
 from towers.embeddings import TableShape, width_name
@@ -108,16 +109,36 @@ class Plan:
         for key in self.keys:
             if key.embedded:
                 keys.setdefault(key.table, []).append(key)
-        sizes: dict[str, int] = {}
-        for feature in self.schema.features:
-            sizes[feature.space] = max(feature.size, sizes.get(feature.space, 0))
-        shapes = []
+        sizes, shapes = self.id_spaces, []
         for name, readers in keys.items():
             space = readers[0].feature.space
             table = self.config.tables[space]
             rows = sizes[space] if table.rows == "auto" else table.rows
             shapes.append(TableShape(name=name, rows=rows, dim=table.dim, keys=tuple(key.name for key in readers)))
         return tuple(shapes)
+
+    def _key(self, side: Side, feature: Feature, history: str = "", owner: str = "") -> Key:
+        table = self.config.tables.get(feature.space) if feature.kind in ("id", "ids") else None
+        rows = table.rows if table and table.hash and table.rows != "auto" else 0
+        return Key(side, feature, history, owner, rows)
+
+    @cached_property
+    def id_spaces(self) -> dict[str, int]:
+        """Id space -> its size: ids are 1 .. size - 1, and 0 is unknown."""
+        sizes: dict[str, int] = {}
+        for feature in self.schema.features:
+            sizes[feature.space] = max(feature.size, sizes.get(feature.space, 0))
+        return sizes
+
+    @cached_property
+    def collisions(self) -> dict[str, float]:
+        """Hashed id space -> the share of its ids that share their row with another."""
+        hashed = {space: table.rows for space, table in self.config.tables.items() if table.hash}
+        return {
+            space: collision_rate(self.id_spaces[space] - 1, rows)
+            for space, rows in hashed.items()
+            if space in self.id_spaces and rows != "auto"
+        }
 
     @cached_property
     def table_settings(self) -> dict[str, Table]:
@@ -149,9 +170,11 @@ class Plan:
         known = {feature.name: feature for feature in self.schema.features if feature.level == level}
         names = heads_of(self.config)[head].features
         found = [known[name] for name in names if name in known]
-        keys = [Key(side, f, owner=owner if f.kind in ("id", "ids") else "") for f in found]
+        keys = [self._key(side, f, owner=owner if f.kind in ("id", "ids") else "") for f in found]
         if side == "candidate":
-            keys += [Key("cross", Feature(name=n, level="item", kind="float")) for n in names if n in self.crosses]
+            keys += [
+                self._key("cross", Feature(name=n, level="item", kind="float")) for n in names if n in self.crosses
+            ]
         return tuple(keys)
 
     def head_encoders(self, head: str, *, per_candidate: bool | None = None) -> tuple[str, ...]:
@@ -186,10 +209,10 @@ class Plan:
         encoder, owner = self.readings[name].encoder, self.readings[name].owner
         for feature_name in encoder.features:
             feature = self.schema.feature(feature_name)
-            yield Key("history", feature, encoder.history, owner)
+            yield self._key("history", feature, encoder.history, owner)
             if self.readings[name].per_candidate:
-                yield Key("candidate", feature, owner=owner)
+                yield self._key("candidate", feature, owner=owner)
             if encoder.competing:
-                yield Key("competitors", feature, encoder.history, owner)
+                yield self._key("competitors", feature, encoder.history, owner)
         for event in encoder.events:
-            yield Key("history", self.schema.feature(event), encoder.history, owner)
+            yield self._key("history", self.schema.feature(event), encoder.history, owner)

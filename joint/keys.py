@@ -21,6 +21,7 @@ class Key:
     feature: Feature
     history: str = ""
     owner: str = ""  # the head whose own table it reads; '' is the shared one
+    hashed: int = 0  # the rows of its table, if ids are hashed to them; 0: an id is a row
 
     @property
     def name(self) -> str:

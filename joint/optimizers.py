@@ -7,17 +7,24 @@ from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
-from torchrec.optim.optimizers import SGD, Adagrad, in_backward_optimizer_filter
+from torchrec.optim.optimizers import SGD, Adagrad, Adam, in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from joint.errors import ConfigError
 from joint.experiment import Optimizer
 
-TABLE_OPTIMIZERS = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": Adagrad, "sgd": SGD}
+TABLE_OPTIMIZERS = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": Adagrad, "sgd": SGD, "adam": Adam}
 DENSE_OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
-def optimize_tables_in_backward(tables: nn.Module, config: Optimizer) -> None:
-    """Attach the tables' optimizer; before sharding, or the fused kernels fall back to plain SGD."""
+def optimize_tables_in_backward(tables: nn.Module, config: Optimizer, *, device: str) -> None:
+    """Attach the tables' optimizer; before sharding, or the fused kernels fall back to plain SGD.
+
+    Raises:
+        ConfigError: the device has no such kernel.
+    """
+    if config.tables.kind == "adam" and device != "cuda":
+        raise ConfigError("optimizer.tables.kind: adam is for CUDA; on CPU there is rowwise_adagrad")
     settings = {"lr": config.tables.lr} | ({} if config.tables.kind == "sgd" else {"eps": 1e-8})
     apply_optimizer_in_backward(TABLE_OPTIMIZERS[config.tables.kind], tables.parameters(), settings)
 

@@ -118,11 +118,11 @@ class Reporter:
 
 
 def _rewind(metrics: Path, step: int) -> None:
-    """Drop the lines after a step, those of the test part (a run ends with them, however often) and a torn one."""
+    """Drop the lines after a step (0: all), those of the test part (every end writes them) and a torn one."""
     if metrics.is_file():
         lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
         entries = [json.loads(line) for line in lines]
-        kept = [e["step"] <= step and not any(name.startswith("test/") for name in e) for e in entries]
+        kept = [0 < step >= e["step"] and not any(name.startswith("test/") for name in e) for e in entries]
         write_whole(metrics, "".join(compress(lines, kept)))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 import losses
 from joint.outputs import Pool
 from losses import LossTerm
+from losses.blocks import block_cells
 
 
 def softmax_over_pool(
@@ -51,11 +52,19 @@ def _hardest(user: Tensor, pool: Pool, first: int, last: int) -> tuple[Tensor, T
     Their logits, and which columns they are; -1 where a request has no such column.
     """
     with torch.no_grad():
-        scores = user @ pool.vectors.T - pool.log_q["corpus"]
-        scores[pool.excluded[:, 0], pool.excluded[:, 1]] = -torch.inf
-        best = scores.topk(min(last, scores.shape[1]), dim=1)
-        column = best.indices[:, first:].where(best.values[:, first:] > -torch.inf, -1)
+        step = max(1, block_cells(user.device) // max(len(pool.vectors), 1))
+        column = torch.cat([_ranked(user[i : i + step], i, pool, first, last) for i in range(0, len(user), step)])
     return (user.unsqueeze(1) @ pool.vectors[column].mT).squeeze(1), column
+
+
+def _ranked(user: Tensor, begin: int, pool: Pool, first: int, last: int) -> Tensor:
+    """The columns at those ranks for the requests `begin`, `begin` + 1, … of vectors `user`; -1 where there is none."""
+    scores = user @ pool.vectors.T - pool.log_q["corpus"]
+    row, column = pool.excluded.unbind(1)
+    here = (row >= begin) & (row < begin + len(user))
+    scores[row[here] - begin, column[here]] = -torch.inf
+    best = scores.topk(min(last, scores.shape[1]), dim=1)
+    return best.indices[:, first:].where(best.values[:, first:] > -torch.inf, -1)
 
 
 def _drawn(user: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:

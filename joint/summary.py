@@ -42,10 +42,20 @@ def opening(
             f"{config.data.epochs} epochs, {total} steps of {config.data.requests_per_batch} on {world_size()} rank(s)",
             f"heads {', '.join(heads_of(config))}; {len(plan.tables)} tables of {rows:,} rows "
             f"({table_bytes / 2**20:.1f} MiB), {dense:,} dense parameters; {begin}",
+            *collision_lines(plan),
             *aligned(_cost_cells(costs)),
             *(f"no objective trains the {head} head" for head in heads_of(config) if head not in trained),
         ]
     )
+
+
+def collision_lines(plan: Plan) -> list[str]:
+    """A line for every hashed table: how many of its ids are not alone in their row."""
+    return [
+        f"table {space} is hashed: {rate:.1%} of {plan.id_spaces[space] - 1:,} ids share one of "
+        f"{plan.config.tables[space].rows:,} rows with another"
+        for space, rate in plan.collisions.items()
+    ]
 
 
 def _cost_cells(costs: Mapping[str, Cost]) -> list[list[str]]:

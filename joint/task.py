@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torchrec.distributed import DistributedModelParallel
 
 from joint.batch import Batch
-from joint.distributed import initialise_tables, shard, sum_over_ranks, world_size
+from joint.distributed import initialise_tables, sum_over_ranks, world_size
 from joint.errors import UserError
 from joint.features import Plan
 from joint.model import JointModel
 from joint.objectives import compute
 from joint.optimizers import optimize_tables_in_backward
 from joint.outputs import Outputs
+from joint.sharding import shard
 from towers.embeddings import SharedEmbeddings, rows_of
 
 
@@ -91,7 +92,7 @@ def build_task(plan: Plan, device: torch.device) -> DistributedModelParallel:
     config = plan.config
     torch.manual_seed(config.run.seed)
     task = JointTask(plan)
-    optimize_tables_in_backward(task.embeddings, config.optimizer)
-    model = shard(task, {name: table.sharding for name, table in plan.table_settings.items()}, device=device)
+    optimize_tables_in_backward(task.embeddings, config.optimizer, device=device.type)
+    model = shard(task, plan, device=device)
     initialise_tables(model, {name: table.init for name, table in plan.table_settings.items()}, config.run.seed)
     return model

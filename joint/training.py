@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import signal
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from joint import checkpoint
-from joint.batch import Batch
-from joint.checkpoint import Progress
+from joint.checkpoint import Saver
 from joint.continuing import open_before
 from joint.cost import cost_numbers, head_costs
 from joint.data.assemble import Assembler
 from joint.data.dataset import Dataset
 from joint.data.loader import Loader
 from joint.data.order import Position
-from joint.distributed import TIMEOUT, process_group, rank, sum_over_ranks, world_size
-from joint.errors import RankError, UserError
-from joint.evaluation import evaluator_of
+from joint.distributed import process_group, rank, sum_over_ranks, world_size
+from joint.evaluation import Measured, evaluator_of
 from joint.experiment import Config
 from joint.fast_lookup import use_fast_lookup
 from joint.features import Plan
@@ -33,7 +27,8 @@ from joint.negative_weights import negative_weights
 from joint.optimizers import build_optimizer, set_learning_rates
 from joint.pipeline import build_pipeline
 from joint.reporting import Reporter
-from joint.run import make_run, open_run, write_metrics
+from joint.run import RunDirectory, make_run, open_run, write_metrics
+from joint.stopping import Together, stop_signal
 from joint.summary import highlights, opening, table
 from joint.task import build_task
 from towers.mixtures import routing, set_step
@@ -44,7 +39,7 @@ def train(config: Config, dataset: Dataset, *, continues: Path | None = None) ->
 
     A run without a checkpoint of its own starts from that of the run `continues`, if one is given.
     """
-    with process_group() as device, stop_flag() as stopped:
+    with process_group() as device, stop_signal() as asked:
         scores = dataset.predictions.hash if dataset.predictions else ""
         run = open_run(config, dataset.schema, scores, continues=continues)
         before = open_before(continues, config, dataset.schema) if continues and not run.begun else None
@@ -67,55 +62,59 @@ def train(config: Config, dataset: Dataset, *, continues: Path | None = None) ->
         if not progress.step:
             reporter.numbers(0, cost_numbers(costs))
         pipeline = build_pipeline(model, optimizer, device)
-        batches = Timed(loader.from_position(progress.position, pinned=device.type == "cuda"))
-        model.train()
-        stopping = False
-        while progress.step < total and not stopping:
-            began = time.perf_counter()
-            # Everything random in a step follows from (seed, step, rank), so a resumed run repeats it.
-            torch.manual_seed(zlib.crc32(f"{config.run.seed}/{progress.step}/{rank()}".encode()))
-            set_step(model, progress.step)
-            rates = set_learning_rates(optimizer, config.optimizer, progress.step)
-            output = pipeline.progress(batches)
-            batch = output.batch
-            reporter.step(
-                output.losses,
-                requests=batch.requests,
-                candidates=len(batch.item),
-                unknown=batch.unknown,
-                seconds=time.perf_counter() - began,
-                waited=batches.waited(),
-            )
-            progress = Progress(progress.step + 1, batch.position)
-            if progress.step % config.train.log_every == 0 or progress.step == total:
-                counts = sum_over_ranks(torch.tensor(reporter.counts(), device=device))
-                more = routing_numbers(model) | negative_weights(config, output.outputs, batch)
-                reporter.interval(progress.step, counts.tolist(), rates | more)
-            if ends_epoch(progress.position, config.train.evaluate_every_epochs):
-                pipeline.detach()
-                found = evaluator_of(model, assembler, device)(config.evaluation.valid, whole_catalogue=False).numbers
-                pipeline.attach()
-                model.train()
-                reporter.numbers(progress.step, found)
-                reporter.say(
-                    f"epoch {progress.position.epoch} on {config.evaluation.valid}: {highlights(config, found)}"
+        batches = Together(loader.from_position(progress.position, pinned=device.type == "cuda"), asked)
+        beside = config.train.save_beside_training
+        with Saver(run.checkpoints, model, optimizer, keep=config.train.keep, beside=beside) as saver:
+            model.train()
+            while progress.step < total and not batches.stopping:
+                began = time.perf_counter()
+                # Everything random in a step follows from (seed, step, rank), so a resumed run repeats it.
+                torch.manual_seed(zlib.crc32(f"{config.run.seed}/{progress.step}/{rank()}".encode()))
+                set_step(model, progress.step)
+                rates = set_learning_rates(optimizer, config.optimizer, progress.step)
+                output = pipeline.progress(batches)
+                batch = output.batch
+                reporter.step(
+                    output.losses,
+                    requests=batch.requests,
+                    candidates=len(batch.item),
+                    unknown=batch.unknown,
+                    seconds=time.perf_counter() - began,
+                    waited=batches.waited(),
                 )
-            stopping = stopped()
-            if stopping or progress.step % config.train.checkpoint_every == 0 or progress.step == total:
-                checkpoint.save(run.checkpoints, model, optimizer, progress, keep=config.train.keep)
+                progress = progress.after(batch)
+                if progress.step % config.train.log_every == 0 or progress.step == total:
+                    counts = sum_over_ranks(torch.tensor(reporter.counts(), device=device))
+                    more = routing_numbers(model) | negative_weights(config, output.outputs, batch)
+                    reporter.interval(progress.step, counts.tolist(), rates | more)
+                if ends_epoch(progress.position, config.train.evaluate_every_epochs):
+                    pipeline.detach()
+                    valid = config.evaluation.valid
+                    found = evaluator_of(model, assembler, device)(valid, whole_catalogue=False).numbers
+                    pipeline.attach()
+                    model.train()
+                    reporter.numbers(progress.step, found)
+                    reporter.say(f"epoch {progress.position.epoch} on {valid}: {highlights(config, found)}")
+                if batches.stopping or progress.step % config.train.checkpoint_every == 0 or progress.step == total:
+                    saver.save(progress)
         if progress.step < total:
             reporter.say(f"stopped after step {progress.step} of {total}; the same command goes on from there")
         else:
+            loader.check_seen(progress.of_all_ranks().seen)
             pipeline.detach()
             reporter.say(f"measuring on {config.evaluation.test} …")
             evaluator = evaluator_of(model, assembler, device)
             evaluator.reference = reference_of(config, dataset, device)
-            measured = evaluator.full(config.evaluation.test)
-            if rank() == 0:
-                write_metrics(run, measured.numbers, measured.requests)
-            reporter.numbers(progress.step, {f"test/{name}": value for name, value in measured.numbers.items()})
-            reporter.say(table(config, measured.numbers))
+            report(run, config, evaluator.full(config.evaluation.test), reporter, progress.step)
         reporter.close()
+
+
+def report(run: RunDirectory, config: Config, measured: Measured, reporter: Reporter, step: int) -> None:
+    """Write what the finished run measures on the test part, and show it."""
+    if rank() == 0:
+        write_metrics(run, measured.numbers, measured.requests)
+    reporter.numbers(step, {f"test/{name}": value for name, value in measured.numbers.items()})
+    reporter.say(table(config, measured.numbers))
 
 
 def routing_numbers(model: nn.Module) -> dict[str, float]:
@@ -126,46 +125,6 @@ def routing_numbers(model: nn.Module) -> dict[str, float]:
         for i, row in enumerate(gates.tolist())
         for j, value in enumerate(row)
     }
-
-
-class Timed(Iterator[Batch]):
-    """An iterator that knows how long it kept its reader waiting, and whose mistakes name the rank."""
-
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self.batches = batches
-        self.seconds = 0.0
-
-    def __next__(self) -> Batch:
-        began = time.perf_counter()
-        try:
-            return next(self.batches)
-        except UserError as error:
-            raise RankError(f"rank {rank()}: {error}") from error
-        finally:
-            self.seconds += time.perf_counter() - began
-
-    def waited(self) -> float:
-        """Seconds waited since the last call."""
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds
-
-
-@contextmanager
-def stop_flag() -> Iterator[Callable[[], bool]]:
-    """Whether any rank was asked to stop (SIGTERM); all ranks hear of it at the same step."""
-    asked: list[bool] = []
-    hosts = dist.new_group(backend="gloo", timeout=TIMEOUT)  # over NCCL the question would wait for the GPU
-
-    def stopped() -> bool:
-        flag = torch.tensor(len(asked))
-        dist.all_reduce(flag, group=hosts)
-        return bool(flag)
-
-    previous = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
-    try:
-        yield stopped
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def ends_epoch(position: Position, every: int) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 from joint.data.cross import cross_values
 from joint.data.ragged import Ragged, offsets_of
 from joint.data.requests import Column, Requests
+from joint.ids import hashed_rows
 from joint.keys import Key, Reads
 from joint.schema import Feature
 
@@ -34,7 +35,11 @@ class Columns:
         self.competitors = {name: self._competitors(name, each) for name, each in reads.competitors.items()}
 
     def ids(self, key: Key) -> tuple[Ragged, np.ndarray | None]:
-        """The key's ids; for a multi-valued feature also how many ids each of its rows has."""
+        """The key's ids, or their rows where its table is hashed; of a multi-valued feature also how many each has."""
+        ids, lengths = self._ids(key)
+        return (ids.with_values(hashed_rows(ids.values, key.hashed)) if key.hashed else ids), lengths
+
+    def _ids(self, key: Key) -> tuple[Ragged, np.ndarray | None]:
         name = key.feature.name
         if key.feature.level == "request":
             if key.feature.kind == "ids":

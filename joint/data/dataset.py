@@ -87,6 +87,8 @@ class Dataset:
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path}: row groups {list(groups)} cannot be read ({first_line(error)})") from error
         requests = from_arrow(table)
+        for label in self.schema.labels:
+            _check_finite(path, label, table.column(label), requests.lists(label))
         if predicted := [name for name in further if name in self._predicted]:
             assert self.predictions is not None
             scores = self.predictions.read(part, groups, predicted, requests.scalars("request_id"))
@@ -191,6 +193,17 @@ def _check_lengths(path: Path, column: str, lengths: np.ndarray, expected: np.nd
     if len(wrong):
         row = wrong[0]
         raise DataError(f"{path}: column {column}, row {row}: {lengths[row]} values; expected {expected[row]} ({like})")
+
+
+def _check_finite(path: Path, column: str, written: pa.ChunkedArray, values: Ragged) -> None:
+    """A label is a number, or null where the feedback was not observed, which in `values` is NaN."""
+    if np.isfinite(values.values).all():
+        return
+    observed = np.concatenate([chunk.flatten().is_valid() for chunk in written.chunks])
+    odd = np.flatnonzero(observed & ~np.isfinite(values.values))
+    if len(odd):
+        row, found = values.rows[odd[0]], values.values[odd[0]]
+        raise DataError(f"{path}: column {column}, row {row}: {found}; expected numbers, or null where not observed")
 
 
 def _require(path: Path, wanted: Sequence[str], found: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 from joint.batch import Batch
@@ -16,7 +16,7 @@ from joint.data.pool import NO_POOL, PoolItems, sampled_items, shared_random
 from joint.data.ragged import draw
 from joint.data.requests import Requests, concatenate_requests
 from joint.data.sampling import Candidates, sample_stages, shuffle_stages, with_random
-from joint.errors import ConfigError
+from joint.errors import CheckpointError, ConfigError
 from joint.experiment import Config, logged_scores
 from joint.schema import SECONDS_A_DAY, Schema, day_number
 
@@ -55,6 +55,20 @@ class Loader:
         days = [(epoch, place) for epoch in range(self.data.epochs) for place in range(len(self.days))]
         left = [(epoch, place) for epoch, place in days if (epoch, place) >= (start.epoch, start.day)]
         return sum(self._order(epoch, [*self.days][place]).batches for epoch, place in left) - start.batch
+
+    def check_seen(self, seen: Mapping[tuple[int, int], int]) -> None:
+        """Whether a run, by its (epoch, day number) -> requests trained on, saw every request of every epoch once.
+
+        Raises:
+            CheckpointError: it did not, so its checkpoints are not those of one pass over the data an epoch.
+        """
+        for epoch in range(self.data.epochs):
+            for number, (day, parts) in enumerate(self.days.items()):
+                expected, found = sum(part.rows for part in parts), seen.get((epoch, number), 0)
+                if found != expected:
+                    raise CheckpointError(
+                        f"epoch {epoch + 1} of {day}: trained on {found} requests, the dataset has {expected}"
+                    )
 
     def from_position(self, start: Position, *, pinned: bool = False) -> Iterator[Batch]:
         """Batches from `start` to the end of the last epoch, prepared two ahead in a thread.

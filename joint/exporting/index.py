@@ -47,6 +47,7 @@ def spread(users: np.ndarray) -> float:
 def build(kind: Kind, vectors: np.ndarray) -> Any:
     """A faiss index by inner product over these vectors, `[items, D]`."""
     count, dim = vectors.shape
+    index: Any
     match kind:
         case "flat":
             index = faiss.IndexFlatIP(dim)

@@ -18,6 +18,7 @@ from joint.experiment import heads_of
 from joint.exporting.graphs import input_name
 from joint.features import Plan
 from joint.fusion import fusion_weights
+from joint.ids import hashed_rows
 from joint.keys import Key, Reads
 from joint.run import RunDirectory
 from joint.schema import Feature, table_rows
@@ -25,7 +26,8 @@ from joint.serving.manifest import hash_of
 from towers.retrieval import Retrieval
 
 KINDS = {"id": "id", "ids": "bag", "float": "dense", "vector": "dense"}
-HASH = "row = id where 0 <= id < num_embeddings, otherwise oov"
+ROWS = "row = id where 0 <= id < num_embeddings, otherwise oov"
+HASHED = "row = 1 + draw(id) % (num_embeddings - 1) (joint.ids.hashed_rows); row 0 for id 0"
 QUOTAS = {"retrieval": 500, "pre_ranking": 100, "ranking": 10}  # of a config that names none
 
 
@@ -38,10 +40,13 @@ def features(plan: Plan, keys: Sequence[Key], lengths: Mapping[str, int]) -> lis
         if key.embedded and key.table not in said["tables"]:
             said["tables"].append(key.table)
             said["num_embeddings"] = rows[key.table]
-            said["test"] = [
-                [i, int(table_rows(np.array([i]), rows[key.table])[0][0])] for i in (1, rows[key.table], -1)
-            ]
+            said["test"] = [[i, _row(i, key, rows[key.table])] for i in (1, rows[key.table], -1)]
     return list(found.values())
+
+
+def _row(wanted: int, key: Key, rows: int) -> int:
+    ids = np.array([wanted])
+    return int((hashed_rows(ids, rows) if key.hashed else table_rows(ids, rows)[0])[0])
 
 
 def _feature(plan: Plan, key: Key, lengths: Mapping[str, int]) -> dict[str, Any]:
@@ -62,7 +67,12 @@ def _feature(plan: Plan, key: Key, lengths: Mapping[str, int]) -> dict[str, Any]
         "default": 0,
     }
     if key.embedded:
-        said |= {"hash": HASH, "oov": 0, "pooling": "mean" if feature.kind == "ids" else "none"}
+        said |= {
+            "hash": HASHED if key.hashed else ROWS,
+            "hashed": key.hashed,
+            "oov": 0,
+            "pooling": "mean" if feature.kind == "ids" else "none",
+        }
     return said | ({"max_len": lengths[key.history], "truncate": "keep_last"} if past else {})
 
 

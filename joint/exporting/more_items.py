@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from datetime import date
 from pathlib import Path
@@ -138,5 +139,6 @@ def _indices(folder: Path, items: NewItems, model_hash: str) -> dict[str, dict[s
 def _outside(ids: np.ndarray, recommender: Recommender) -> np.ndarray:
     """Which of the items' own ids are row 0 of their table."""
     key = recommender.manifest.json["items"]["key"]
-    tables = [f["num_embeddings"] for f in recommender.manifest.json["features"] if f["feature"] == key]
-    return (ids <= 0) | (ids >= min(tables, default=0))
+    read = [f for f in recommender.manifest.json["features"] if f["feature"] == key]
+    rows = [math.inf if f["hashed"] else f["num_embeddings"] for f in read]
+    return (ids <= 0) | (ids >= min(rows, default=0))

@@ -107,7 +107,7 @@ def _key(said: Mapping[str, Any]) -> Key:
     feature = Feature(
         name=said["feature"], level=said["level"], kind=said["values"], space=said["space"], size=said["size"]
     )
-    return Key(said["side"], feature, said["history"])
+    return Key(said["side"], feature, said["history"], hashed=said.get("hashed", 0))
 
 
 def inside(folder: Path, name: str) -> Path:

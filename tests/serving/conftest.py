@@ -40,7 +40,7 @@ tasks:
   minutes: {label: minutes, kind: weighted, at_least: 0.01}
 tables:
   user_id: {dim: 8, rows: 20}
-  city: {dim: 4}
+  city: {dim: 4, rows: 7, hash: true}
   item_id: {dim: 8}
   tags: {dim: 8}
   device: {dim: 4}

@@ -195,7 +195,7 @@ def test_rows_that_were_saved_are_kept_and_new_ones_begin_anew(tiny_file: Path, 
 
     model, optimizer = built()
     item_rows(model).fill_(7.0)
-    checkpoint.save(tmp_path / "saved", model, optimizer, checkpoint.Progress(5), keep=1)
+    checkpoint.Saver(tmp_path / "saved", model, optimizer, keep=1).save(checkpoint.Progress(5))
     larger, optimizer = built("tables.item_id.rows=70")
     fresh = item_rows(larger).clone()
     with pytest.raises(CheckpointError, match="Size mismatch"):

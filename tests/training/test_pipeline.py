@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -85,8 +85,7 @@ def test_a_whole_run_through_the_pipeline_is_the_run_of_the_plain_loop(tiny_file
     assert joint.train.main([str(tiny_file)]) == 0
     with monkeypatch.context() as patch:
         patch.setattr(joint.training, "build_pipeline", sparse_dist)
-        stop = iter([False] * 8 + [True] + [False] * 99)
-        patch.setattr(joint.training, "stop_flag", _stop_flag(stop))
+        patch.setattr(joint.training, "stop_signal", _asked_at(11))  # the third batch of an epoch, two ahead
         for _ in range(2):
             assert joint.train.main([str(tiny_file), "run.name=piped"]) == 0
     plain, piped = (flat(tmp_path / "runs" / name / "checkpoints") for name in ("tiny", "piped"))
@@ -95,15 +94,15 @@ def test_a_whole_run_through_the_pipeline_is_the_run_of_the_plain_loop(tiny_file
     assert evaluated[0] == evaluated[1]
 
 
-def _stop_flag(answers: Iterator[bool]):
-    class Flag:
-        def __enter__(self):
-            return lambda: next(answers)
+def _asked_at(batch: int):
+    """In place of a signal: the run is asked to stop as this batch is read, and not again."""
+    answers = iter([False] * (batch - 1) + [True] + [False] * 99)
 
-        def __exit__(self, *_: object) -> None:
-            pass
+    @contextmanager
+    def stop_signal():
+        yield lambda: next(answers)
 
-    return Flag
+    return stop_signal
 
 
 def test_the_device_chooses_the_pipeline(configure, group, assemble, monkeypatch):

@@ -16,6 +16,7 @@ import joint.fast_lookup
 import joint.train
 import joint.training
 from joint import checkpoint
+from joint.checkpoint import Saver
 from joint.config import load_config
 from joint.data.assemble import Assembler
 from joint.data.dataset import Dataset
@@ -46,7 +47,7 @@ def saved_again(folder: Path, source: str, target: str) -> None:
     model = build_task(Plan(config, dataset.schema), CPU)
     optimizer = build_optimizer(model, config.optimizer)
     progress = checkpoint.load_latest(folder / "runs" / source / "checkpoints", model, optimizer)
-    checkpoint.save(folder / target, model, optimizer, progress, keep=1)
+    Saver(folder / target, model, optimizer, keep=1).save(progress)
     found = evaluator_of(model, Assembler(Plan(config, dataset.schema), dataset), CPU).full("test").numbers
     assert gather_objects(found) == [found, found]
     if rank() == 0:

@@ -1,0 +1,114 @@
+"""Everything that only a machine with CUDA can show, in under ten minutes, as one JSON to post: `make gpu-check`.
+
+    python -m benchmarks.gpu_check [OUT.json]
+
+The same tiny run on CPU, on the GPU, on two GPUs where there are two (NCCL), with tables behind a cache (UVM) and with
+fused Adam; losses against those of the CPU, requests per second, and the tests marked `gpu`. Exit code 0: all agree;
+1: something does not; 2: there is no GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CONFIG = Path(__file__).parents[1] / "configs" / "joint.yaml"
+COMMON = ("train.log_every=1", "train.evaluate_every_epochs=0", "data.epochs=1", "optimizer.tables.lr=0.01")
+TABLES = ("user_id", "video_id")
+FIRST, CLOSE = 10, 1e-3  # over the first steps; sums are in another order, so later losses drift apart
+LIMIT = 75  # seconds a run may take
+CASES: dict[str, tuple[int, tuple[str, ...]]] = {
+    "cpu": (0, ()),
+    "gpu": (1, ()),
+    "two_gpus": (2, tuple(f"tables.{table}.sharding=row_wise" for table in TABLES)),
+    "uvm_caching": (1, tuple(f"tables.{table}.memory=uvm_caching" for table in TABLES)),
+    "planner": (1, tuple(f"tables.{table}.sharding=planner" for table in TABLES)),
+    "fused_adam": (1, ("optimizer.tables.kind=adam", "optimizer.tables.lr=0.001")),
+}
+SAME_LOSSES = ("gpu", "two_gpus", "uvm_caching", "planner")
+
+
+def run(name: str, folder: Path) -> dict[str, Any]:
+    """Train a case; its losses by step and its speed, or the end of what it said."""
+    gpus, overrides = CASES[name]
+    arguments = [str(CONFIG), f"run.name={name}", f"run.dir={folder}", f"data.path={folder}/world", *COMMON, *overrides]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)] if gpus > 1 else []
+    visible = {"CUDA_VISIBLE_DEVICES": ""} if not gpus else {}
+    began = time.monotonic()
+    try:
+        done = subprocess.run(
+            [sys.executable, *torchrun, "-m", "joint.train", *arguments],
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | visible,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"took more than {LIMIT} seconds"}
+    if done.returncode:
+        return {"error": done.stderr[-4000:]}
+    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss/total" in line]
+    rates = sorted(line["speed/requests_per_second"] for line in steps)
+    return {
+        "seconds": time.monotonic() - began,
+        "requests_per_second": rates[len(rates) // 2],
+        "losses": [line["loss/total"] for line in steps],
+        "metrics": json.loads((folder / name / "eval.json").read_text()),
+    }
+
+
+def agrees(found: dict[str, Any], cpu: dict[str, Any]) -> bool:
+    """Whether the first losses are those of the CPU."""
+    if "losses" not in found or "losses" not in cpu:
+        return False
+    pairs = list(zip(found["losses"][:FIRST], cpu["losses"][:FIRST], strict=False))
+    return all(abs(a - b) <= CLOSE * abs(b) for a, b in pairs)
+
+
+def check(folder: Path) -> dict[str, Any]:
+    """All cases and the tests; `failed` names what did not do as it should."""
+    world = ["simulate", str(folder / "world"), "--world", "biased", "--size", "small"]
+    subprocess.run([sys.executable, "-m", "joint.prepare", *world], check=True, capture_output=True)
+    names = [name for name, (gpus, _) in CASES.items() if gpus <= torch.cuda.device_count()]
+    cases = {name: run(name, folder) for name in names}
+    tests = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "gpu", "tests/training"], capture_output=True, text=True, timeout=180
+    )
+    failed = [name for name, found in cases.items() if "error" in found]
+    failed += [name for name in SAME_LOSSES if name in cases and not agrees(cases[name], cases["cpu"])]
+    failed += [] if tests.returncode in (0, 5) else ["tests"]  # 5: none is marked
+    return {
+        "failed": sorted(set(failed)),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "environment": [json.loads(path.read_text()) for path in sorted(folder.glob("*/environment.json"))],
+        "cases": cases,
+        "tests": tests.stdout[-2000:],
+    }
+
+
+def main(out: Path) -> int:
+    """Write the JSON and print the table of speeds; returns the exit code."""
+    if not torch.cuda.is_available():
+        print("no CUDA device was found; joint.train works on CPU, and this checks what only a GPU can show")
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        found = check(Path(folder))
+    out.write_text(json.dumps(found, indent=1))
+    for name, case in found["cases"].items():
+        rate = f"{case['requests_per_second']:,.0f} requests/s" if "error" not in case else "failed"
+        print(f"{name:12} {rate}")
+    print(f"{out} is written; " + (f"not as on CPU: {', '.join(found['failed'])}" if found["failed"] else "all agree"))
+    return 1 if found["failed"] else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(Path(sys.argv[1] if len(sys.argv) > 1 else "gpu_check.json")))

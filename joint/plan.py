@@ -1,0 +1,167 @@
+"""`python -m joint.plan CONFIG --world-size N [--device cuda] [--hbm 80GB]`: where the tables would go, at what cost.
+
+Nothing is allocated: tables are on meta, and no other rank, GPU or training data is needed, only `dataset.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from joint.commands import run_command
+from joint.versions import check_versions
+
+UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+
+
+@dataclass
+class Found:
+    """What the planner decided: TorchRec hands it to whoever is registered for its statistics."""
+
+    options: list[Any] = field(default_factory=list)
+
+    def log(self, *_: object, best_plan: list[Any], **__: object) -> None:
+        """Keep the options it chose, one a table, with the bytes and milliseconds of every shard."""
+        self.options = best_plan
+
+
+def size(text: str) -> int:
+    """Bytes of a size like 80GB (decimal units)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|TB)", text.strip().upper())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; expected one like 80GB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the plan; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="joint.plan", description="Plan the sharding of a config's tables.")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--world-size", type=int, required=True, help="number of ranks")
+    parser.add_argument("--ranks-per-machine", type=int, default=8)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--hbm", type=size, default=size("80GB"), help="memory of a GPU (default 80GB)")
+    parser.add_argument("--ddr", type=size, default=size("128GB"), help="host memory of a rank (default 128GB)")
+    parsed = parser.parse_intermixed_args(arguments)
+    if parsed.world_size < 1 or parsed.ranks_per_machine < 1:
+        parser.error("--world-size and --ranks-per-machine are at least 1")
+    check_versions()
+    from joint.config import load_config
+    from joint.features import Plan
+    from joint.fit import check_against
+    from joint.schema import read_schema
+    from joint.summary import collision_lines
+
+    config, tree = load_config(parsed.config, parsed.overrides)
+    schema = read_schema(Path(config.data.path))
+    check_against(config, tree, schema)
+    plan = Plan(config, schema)
+    for line in [*report(plan, parsed), *collision_lines(plan)]:
+        print(line)
+    return 0
+
+
+def report(plan: Any, asked: argparse.Namespace) -> Iterator[str]:
+    """The lines of the report.
+
+    Raises:
+        ConfigError: no plan fits, with the bytes that are needed and those that are there.
+    """
+    from joint.sharding import topology_of
+
+    ranks, device, memory = asked.world_size, asked.device, asked.hbm if asked.device == "cuda" else asked.ddr
+    topology = topology_of(device, ranks=ranks, ranks_per_machine=asked.ranks_per_machine, hbm=asked.hbm, ddr=asked.ddr)
+    options = _planned(plan, topology, memory)
+    share = max(1, plan.config.data.requests_per_batch // ranks)
+    yield f"{ranks} ranks on {device}, {_gb(memory)} each; {share} requests a rank and step"
+    yield from _table_lines(options)
+    yield ""
+    yield from _rank_lines(options, ranks, memory)
+    yield ""
+    yield from _time_lines(options, ranks)
+
+
+def _planned(plan: Any, topology: Any, memory: int) -> list[Any]:
+    from torch import nn
+    from torchrec.distributed.planner.types import PlannerError
+
+    from joint.errors import ConfigError
+    from joint.optimizers import optimize_tables_in_backward
+    from joint.sharding import RESERVED, planner_of, sharder_of
+    from towers.embeddings import SharedEmbeddings
+
+    module = nn.ModuleDict({"embeddings": SharedEmbeddings(plan.tables, device="meta")})
+    optimize_tables_in_backward(module, plan.config.optimizer, device=topology.compute_device)
+    found, ranks = Found(), topology.world_size
+    try:
+        planner_of(plan, topology, [found]).plan(module, [sharder_of(topology.compute_device)])
+    except PlannerError as error:
+        needed = sum(4 * table.rows * (table.dim + 1) for table in plan.tables)
+        raise ConfigError(
+            f"no plan fits: rows and row-wise Adagrad take {_gb(needed)}, and {ranks} ranks of {_gb(memory)} have "
+            f"{_gb(int(ranks * memory * (1 - RESERVED)))} after the {RESERVED:.0%} that is kept free; "
+            "take more ranks, fewer rows, row_wise tables or tables.NAME.memory: uvm_caching"
+        ) from error
+    return sorted(found.options, key=lambda option: -sum(_bytes(shard) for shard in option.shards))
+
+
+def _table_lines(options: Sequence[Any]) -> Iterator[str]:
+    yield f"{'table':20}{'rows':>15}{'dim':>5}  {'sharding':12}{'kernel':18}{'ranks':>6}{'bytes':>11}  slowest shard"
+    for option in options:
+        rows, dim = option.tensor.shape
+        held = sum(_bytes(shard) for shard in option.shards)
+        slowest = max(shard.perf.total for shard in option.shards)
+        ranks = len({shard.rank for shard in option.shards})
+        yield (
+            f"{option.name:20}{rows:>15,}{dim:>5}  {option.sharding_type:12}{option.compute_kernel:18}{ranks:>6}"
+            f"{_gb(held):>11}{slowest:>12.3f} ms"
+        )
+
+
+def _rank_lines(options: Sequence[Any], ranks: int, memory: int) -> Iterator[str]:
+    """The bytes of every rank: rows, optimizer state and buffers of the exchange; equal neighbours in one line."""
+    held = [0] * ranks
+    for option in options:
+        for shard in option.shards:
+            held[shard.rank] += _bytes(shard)
+    for text, group in groupby(range(ranks), key=lambda rank: _gb(held[rank])):
+        members = list(group)
+        name = f"rank {members[0]}" if len(members) == 1 else f"ranks {members[0]}-{members[-1]}"
+        yield f"{name:20}{text:>11} each, {held[members[0]] / memory:.0%} of its memory"
+
+
+def _time_lines(options: Sequence[Any], ranks: int) -> Iterator[str]:
+    """What the slowest rank is expected to spend on its tables in a step, and on what most."""
+    parts = ("input_dist_comms", "fwd_comms", "bwd_comms", "fwd_compute", "bwd_compute", "prefetch_compute")
+    times = [dict.fromkeys(parts, 0.0) for _ in range(ranks)]
+    for option in options:
+        for shard in option.shards:
+            for part in parts:
+                times[shard.rank][part] += getattr(shard.perf, part)
+    slowest = max(range(ranks), key=lambda rank: sum(times[rank].values()))
+    spent = times[slowest]
+    comms = sum(value for part, value in spent.items() if part.endswith("comms"))
+    total = sum(spent.values())
+    yield f"expected a step, for tables alone, on the slowest rank ({slowest}): {total:.3f} ms"
+    yield "  " + "  ".join(f"{part.replace('_', ' ')} {value:.3f}" for part, value in spent.items() if value)
+    kind = "exchanging rows between ranks" if comms > total / 2 else "looking rows up and updating them"
+    yield f"expected bottleneck: {kind} ({max(comms, total - comms) / max(total, 1e-12):.0%} of it)"
+
+
+def _bytes(shard: Any) -> int:
+    """What a shard takes, in the memory of its GPU and of its host."""
+    return int(shard.storage.hbm + shard.storage.ddr)
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e7 else f"{count / 1e6:,.2f} MB"
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))
