@@ -5,7 +5,7 @@ BIN := .venv/bin
 EXTRA ?= cpu
 DATA := data/ml-100k
 
-.PHONY: install data train test check fast-test golden benchmarks gpu-check clean
+.PHONY: install data train test slow-test check fast-test golden benchmarks gpu-check clean
 
 install: .venv/installed-$(EXTRA)
 
@@ -32,7 +32,11 @@ check: install
 	$(BIN)/mypy joint losses towers
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+# Trainings killed thirty times over, hundreds of random logs against a slow oracle: for whoever touches those.
+slow-test: install
+	$(BIN)/python -m pytest -m slow
 
 fast-test: install
 	$(BIN)/python -m pytest -m "not slow" --ignore tests/training
