@@ -68,6 +68,7 @@ class ResidualLoss(_Common):
     """Binary cross-entropy of the corrected logits of special users, which trains the head's `residual` alone."""
 
     loss: Literal["residual"] = "residual"
+    shuffle: bool = False  # a placebo: the labels dealt anew among the request's candidates of the space
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,7 +272,8 @@ def compute(objective: Objective, outputs: Outputs, batch: Batch, task_names: Se
             assert head.corrected is not None
             assert head.special is not None
             mask = space_mask(objective.space, batch, tasks) & (head.computed & head.special)[:, None]
-            y, w = batch.labels[:, tasks], batch.weight[:, tasks]
+            of = _dealt(mask.all(1), batch) if objective.shuffle else slice(None)
+            y, w = batch.labels[of][:, tasks], batch.weight[of][:, tasks]
             return losses.binary(head.corrected[:, tasks], y, positive_weight=w, mask=mask)
         case Distillation():
             target, known = _teacher(objective, outputs, batch, tasks)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import joint
 import losses
+from joint import settings
+from joint.experiment import Config
 from joint.objectives import AdaptiveContrastive, Binary, Distillation, MultiClass, Objective, Pairwise, compute
 from joint.outputs import HeadOutput, Pool
 from joint.schema import Stage
@@ -51,18 +56,26 @@ def logits_of(*values: float) -> torch.Tensor:
     return torch.tensor(values)[:, None].requires_grad_()
 
 
-@pytest.mark.parametrize("space", [("exposed",), ("exposed", "ranked", "random")])
-def test_half_of_the_label_and_half_of_the_teacher_are_the_mixed_label(space):
+def mixed_as_shipped() -> dict[str, Objective]:
+    """What the student learns in configs/ablations/mixed_label.yaml's variant `mixed`."""
+    tree = settings.read(Path(joint.__file__).parents[1] / "configs" / "ablations" / "mixed_label.yaml")
+    tree = settings.merge(tree, tree.value["variants"].value["mixed"])
+    own = {key: child for key, child in tree.value.items() if key in Config.__dataclass_fields__}
+    objectives = settings.decode(replace(tree, value=own), Config).objectives
+    return {name: objective for name, objective in objectives.items() if objective.head == "pre_ranking"}
+
+
+def test_half_of_the_label_and_half_of_the_teacher_are_the_mixed_label():
     batch, logits = batch_of(), logits_of(0.7, -0.2, 1.5, -2.0)
-    heads = outputs_of(logits)
-    label = compute(Binary(head="pre_ranking", space=space), heads, batch, ["click"])
-    teacher = compute(Distillation(head="pre_ranking", space=space), heads, batch, ["click"])
-    assert label.count.equal(teacher.count)
-    inside = slice(0, int(label.count))
-    by_hand = logits.detach().clone().requires_grad_()
+    heads, objectives = outputs_of(logits), mixed_as_shipped()
+    assert set(objectives) == {"student", "distill"}
+    terms = {name: compute(objective, heads, batch, ["click"]) for name, objective in objectives.items()}
+    assert all(term.count == 3 for term in terms.values())
+    total = sum(objectives[name].weight * term.total for name, term in terms.items())
+    by_hand, inside = logits.detach().clone().requires_grad_(), torch.tensor([CLICKED, IGNORED, RANDOM])
     mixed = losses.binary(by_hand[inside], (batch.labels + heads["ranking"].logits.sigmoid())[inside] / 2)
-    torch.testing.assert_close((label.total + teacher.total) / 2, mixed.total)
-    ((label.total + teacher.total) / 2).sum().backward()
+    torch.testing.assert_close(total, mixed.total)
+    total.sum().backward()
     mixed.total.sum().backward()
     torch.testing.assert_close(logits.grad, by_hand.grad)
 

@@ -15,7 +15,7 @@ from joint.data.ragged import Ragged, draw, offsets_of
 from joint.data.requests import Requests
 from joint.data.sampling import Candidates, shuffle_stages
 from joint.experiment import Data
-from joint.objectives import AdaptiveContrastive, Distillation, Imitation, compute
+from joint.objectives import AdaptiveContrastive, Distillation, Imitation, ResidualLoss, compute
 from joint.outputs import HeadOutput
 from joint.schema import Stage
 
@@ -71,6 +71,31 @@ def test_a_shuffled_teacher_says_the_same_numbers_of_other_candidates(kind, monk
     for request in range(REQUESTS):
         own = slice(request * 6, (request + 1) * 6)
         assert sorted(map(tuple, first[own].tolist())) == sorted(map(tuple, plain[own].tolist()))
+
+
+def test_a_shuffled_residual_has_the_same_labels_of_other_candidates(monkeypatch):
+    seen = []
+    original = losses.binary
+
+    def spy(logits, labels, *, positive_weight, mask):
+        seen.append((labels, positive_weight, mask))
+        return original(logits, labels, positive_weight=positive_weight, mask=mask)
+
+    monkeypatch.setattr(losses, "binary", spy)
+    batch, heads = batch_of(), outputs_of()
+    batch.weight = torch.where(batch.positive, 2.0 + batch.item[:, None], 1.0)
+    heads["ranking"].corrected, heads["ranking"].special = heads["ranking"].logits, batch.row != 1
+    for shuffle in (False, True, True):
+        compute(ResidualLoss(head="ranking", space=("exposed", "ranked"), shuffle=shuffle), heads, batch, TASKS)
+    (labels, weight, mask), *dealt = seen
+    assert labels.equal(batch.labels)
+    assert not dealt[0][0].equal(dealt[1][0])
+    for found, weighed, same in dealt:
+        assert same.equal(mask)
+        assert not found.equal(labels)
+        assert found[9:18].equal(labels[9:18])  # another user's stay as they are
+        assert torch.equal(weighed > 1, found > 0)  # a label keeps its weight
+        assert weighed.unflatten(0, (REQUESTS, EACH)).sum(1).equal(weight.unflatten(0, (REQUESTS, EACH)).sum(1))
 
 
 def test_shuffled_weights_are_the_same_weights():
