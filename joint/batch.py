@@ -44,6 +44,7 @@ class Batch(Pipelineable):
     pool_open: Tensor  # [P] bool: an item that has joined the pool by the day of these requests
     pool_in_batch: Tensor  # [P] bool: an impression of these requests, not a shared random item or one of the corpus
     pool_sampled: bool  # impressions and random items, of any order and number; else this rank's slice of the corpus
+    pool_available: int  # items of the pool on the day of these requests: what random items are drawn from
     column: Tensor  # [N] each candidate's place in the corpus of all ranks; -1: not in it
     excluded: Tensor  # [E, 2] (request, item) that are not eligible; of a corpus (request, column)
     requests: int  # real ones: 0 on a rank that has run out, else R

@@ -10,8 +10,8 @@ from joint.config import Mistake, unknown_names
 from joint.data.dataset import Dataset
 from joint.data.predictions import Predictions, open_predictions, scored
 from joint.experiment import Config, Data, Encoder, heads_of, logged_scores
-from joint.objectives import ItemViews
-from joint.schema import STAGES, Feature, Schema, read_schema
+from joint.objectives import ItemViews, MultiClass
+from joint.schema import NEVER, STAGES, Feature, Schema, read_schema
 from towers.retrieval import Retrieval
 from towers.sequence import SelfAttention, TargetAttention
 
@@ -60,6 +60,15 @@ def check_groups(config: Config, tree: settings.Tree, dataset: Dataset) -> None:
         last = dataset.largest_group()
         wrong = [path for path, group in named.items() if group > last]
         settings.raise_at(tree, [(path, f"the dataset's user groups go from 0 to {last}") for path in wrong])
+
+
+def check_windows(config: Config, tree: settings.Tree, dataset: Dataset) -> None:
+    """ConfigError where a softmax is over a window of ranks that the pool does not reach: it would train nothing."""
+    items = int((dataset.first_day[config.data.pool] < NEVER).sum())
+    windows = {name: o.hard for name, o in config.objectives.items() if isinstance(o, MultiClass) and o.hard}
+    wrong = [name for name, (first, _) in windows.items() if first >= items]
+    said = f"begins after the last item; the pool has {items:,}"
+    settings.raise_at(tree, [(f"objectives.{name}.hard", said) for name in wrong])
 
 
 def _misfits(config: Config, schema: Schema) -> Iterator[Mistake]:

@@ -24,7 +24,7 @@ def sampled_pool(vectors: Tensor, batch: Batch, frequency: StreamingFrequency, d
     """The impressions and shared random items of all ranks, each item as one column, in order of item index.
 
     `log_q` is of being in a batch: among its impressions as `frequency` estimates it, among its `drawn` random items
-    of a catalogue as it is from drawing, or among either (mixed negatives: Yang et al., WWW'20).
+    of those available on the day as it is from drawing, or among either (mixed negatives: Yang et al., WWW'20).
     """
     item, in_batch, available = (gather_uneven(x) for x in (batch.pool_item, batch.pool_in_batch, batch.pool_open))
     items, column = torch.where(available, item, -1).unique(return_inverse=True)
@@ -35,7 +35,7 @@ def sampled_pool(vectors: Tensor, batch: Batch, frequency: StreamingFrequency, d
         space: torch.zeros_like(items, dtype=torch.bool).index_put((column[m],), m[m]) for space, m in members.items()
     }
     seen = frequency(items, held["in_batch"])
-    by_draw = torch.full_like(seen, drawn / max(1, len(frequency.interval)))
+    by_draw = torch.full_like(seen, drawn / max(1, batch.pool_available))
     log_q = {
         space: rate.log().where(held[space], torch.inf) for space, rate in (("in_batch", seen), ("random", by_draw))
     }

@@ -25,13 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Imported only now: with a wrong combination of versions these imports fail, and less clearly.
     from joint.config import load_config
     from joint.data.dataset import Dataset
-    from joint.fit import check_against, check_groups, predictions_of
+    from joint.fit import check_against, check_groups, check_windows, predictions_of
     from joint.training import train
 
     config, tree = load_config(parsed.config, parsed.overrides)
     dataset = Dataset(config.data.path, predictions=predictions_of(config.data))
     check_against(config, tree, dataset.schema)
     check_groups(config, tree, dataset)
+    check_windows(config, tree, dataset)
     train(config, dataset, continues=parsed.continues)
     return 0
 

@@ -107,6 +107,7 @@ class Assembler:
             pool_open=torch.from_numpy(is_open(pool.items)),
             pool_in_batch=torch.from_numpy(pool.in_batch),
             pool_sampled=pool.sampled,
+            pool_available=self.eligibility.available(int(day[0])),
             column=torch.from_numpy(np.where(is_open(items), self.eligibility.columns(items), -1)),
             excluded=self._excluded(requests, pool),
             requests=len(requests),

@@ -79,10 +79,13 @@ class Eligibility:
         free = self.mask(requests)
         return Ragged(self.corpus[np.nonzero(free)[1]], offsets_of(free.sum(axis=1)))
 
+    def available(self, day: int) -> int:
+        """How many items have joined the pool by a day."""
+        return int(np.searchsorted(self._by_day[1], day, side="right"))
+
     def draw_available(self, random: np.ndarray, day: int) -> np.ndarray:
         """Items of the pool on a day, uniform by random bits (uint64 [n]); none where the pool is empty. int64."""
-        order, first_day = self._by_day
-        available = int(np.searchsorted(first_day, day, side="right"))
+        order, available = self._by_day[0], self.available(day)
         return order[(random % np.uint64(max(available, 1))).astype(np.int64)][: len(random) if available else 0]
 
     def random(self, requests: Requests, quota: int, keys: np.ndarray, *, but: Ragged, uniform: bool = False) -> Ragged:

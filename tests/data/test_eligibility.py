@@ -49,6 +49,7 @@ def test_by_day_pool_and_history() -> None:
         eligibility.mask(log), [[False] * 4, [False, True, False, True], [True, True, True, False]]
     )
     assert eligibility.is_open(np.array([-1, 0, 1, 2, 3]), 3).tolist() == [False, True, False, True, False]
+    assert [eligibility.available(day) for day in (-1, 2, 3, 5)] == [0, 1, 3, 4]
 
 
 @pytest.mark.parametrize(("items", "world"), [(10, 1), (10, 4), (3, 8), (0, 2), (8, 4)])

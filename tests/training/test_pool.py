@@ -7,11 +7,15 @@ import pytest
 import torch
 
 from joint.batch import Batch
+from joint.config import load_config
 from joint.data.loader import Loader
 from joint.data.order import Position
 from joint.data.pool import PoolItems, sampled_items
+from joint.errors import ConfigError
+from joint.fit import check_windows
 from joint.objectives import compute
 from joint.pool import RATE, StreamingFrequency
+from joint.schema import NEVER
 from joint.task import build_task
 from towers.mixtures import set_step
 
@@ -98,6 +102,18 @@ def test_random_items_are_shared_by_all_requests_of_a_batch(step):
     assert term.count.item() == count
 
 
+def test_a_random_item_is_as_frequent_as_among_those_of_the_day(configure, assemble, group):
+    config = configure("data.shared_random=9", *STILL, RETRIEVE.format("random", "true"))
+    assembler = assemble.assembler(config)
+    assembler.eligibility.first_day = np.where(np.arange(61) < 40, NEVER, assembler.eligibility.first_day)
+    batch = next(iter(Loader(assembler, rank=0, world_size=1)._batches(Position())))
+    assert batch.pool_available == 21
+    task = build_task(assembler.plan, group).train()
+    set_step(task, 0)
+    log_q = task(batch)[1].outputs["retrieval"].pool.log_q["random"]
+    assert log_q[log_q.isfinite()].unique().tolist() == pytest.approx([np.log(9 / 21)])
+
+
 def test_mixed_negatives_are_both(step):
     batch, head, term = step(RETRIEVE.format("in_batch, random", "false"))
     columns = dict.fromkeys(set(batch.pool_item.tolist()), 0.0)
@@ -162,6 +178,14 @@ def test_a_rank_without_requests_brings_its_random_items_only():
     pool = sampled_items(None, np.array([5, 3]))
     assert (pool.items.tolist(), pool.in_batch.tolist(), pool.sampled) == ([5, 3], [False, False], True)
     assert PoolItems.corpus(np.array([1])).sampled is False
+
+
+def test_a_window_of_ranks_begins_within_the_pool(tiny_file, assemble, configure):
+    dataset = assemble.assembler(configure()).dataset
+    check_windows(*load_config(tiny_file, ["objectives.retrieve.hard=[60, 90]"]), dataset)
+    config, tree = load_config(tiny_file, ["objectives.retrieve.hard=[61, 90]"])
+    with pytest.raises(ConfigError, match=r"objectives.retrieve.hard: begins after the last item; the pool has 61"):
+        check_windows(config, tree, dataset)
 
 
 @pytest.mark.parametrize(
