@@ -140,8 +140,11 @@ def open_run(config: Config, schema: Schema, scores: str = "", *, continues: Pat
         environment = run.read_environment()
         if (found := environment.get("scores", "")) != scores:
             raise CheckpointError(f"{run.path}: begun with scores of hash {found!r}; data.scores now has {scores!r}")
-        if continues and not environment.get("continues"):
+        before_it = environment.get("continues") or ""
+        if continues and not before_it:
             raise CheckpointError(f"{run.path}: was begun without --continue; choose another run.name")
+        if continues and Path(before_it).resolve() != continues.resolve():
+            raise CheckpointError(f"{run.path}: was begun with --continue {before_it}, not {continues}")
     return run
 
 

@@ -38,7 +38,9 @@ def read_weights(run: RunDirectory) -> pd.DataFrame:
         if name.startswith(PREFIX)
     ]
     if not rows:
-        raise UserError(f"{run.path}: logged no weights of negatives; expected an objective of adaptive_contrastive")
+        raise UserError(
+            f"{run.path}: logged no weights of negatives; expected adaptive_contrastive with adaptive: true"
+        )
     return pd.DataFrame(rows, columns=["step", "stage", "task", "group", "part", "value"])
 
 

@@ -67,7 +67,7 @@ def test_a_single_line_is_all_there_is(run: RunDirectory, tmp_path: Path) -> Non
 
 def test_a_run_without_such_weights(run: RunDirectory, tmp_path: Path) -> None:
     run.metrics.write_text('{"step": 10, "loss/total": 1.0}\n')
-    with pytest.raises(UserError, match="logged no weights"):
+    with pytest.raises(UserError, match="expected adaptive_contrastive with adaptive: true"):
         read_weights(run)
     with pytest.raises(UserError, match="not a run directory"):
         read_weights(RunDirectory(tmp_path / "nowhere"))

@@ -103,6 +103,8 @@ def test_what_may_not_go_on(world: Path, runs: Path, tmp_path: Path) -> None:
     refused(tmp_path / "w", runs, [days[1]], "was not appended to that")
     with pytest.raises(CheckpointError, match="was begun without --continue"):
         train(world, runs, "whole", days[:3], "--continue", str(runs / "day-0"))
+    with pytest.raises(CheckpointError, match=r"day-1: was begun with --continue .*day-0, not .*whole"):
+        train(world, runs, "day-1", [days[1]], "--continue", str(runs / "whole"))
     with pytest.raises(CheckpointError, match="not a run directory"):
         train(world, runs, "new", [days[1]], "--continue", str(tmp_path / "nowhere"))
 
