@@ -71,19 +71,26 @@ def against_negatives(
 
 
 def _on_exposures(config: Config, batch: Batch, outputs: Outputs) -> Iterator[tuple[str, State]]:
-    """AUC, log loss and calibration per task, on exposures with known feedback."""
+    """AUC over all and within requests, log loss and calibration per task, on exposures with known feedback."""
     exposed = stage_mask(("exposed",), batch.stages)
     for head, output in outputs.items():
         for index, (task, rule) in enumerate(config.tasks.items()):
             logits, labels = output.logits[:, index], batch.labels[:, index]
             mask = batch.observed[:, index] & exposed
-            yield f"{head}/auc/{task}", metrics.auc(logits, batch.positive[:, index].float(), mask=mask)
-            # A softmax's logits are no probabilities, and those of a weighted task are odds of its value.
-            if head != "retrieval" and rule.kind != "weighted":
+            positive = batch.positive[:, index].float()
+            yield f"{head}/auc/{task}", metrics.auc(logits, positive, mask=mask)
+            within = metrics.grouped_auc_by_request(logits, positive, batch.offsets, mask=mask)
+            yield f"{head}/grouped_auc/{task}", within
+            if head == "retrieval":  # a softmax's logits are no probabilities
+                continue
+            if rule.kind == "weighted":  # odds that expect the value of a positive (RRA Eq 1)
+                expected, found = logits.double().exp(), batch.weight[:, index] * positive
+            else:
                 yield f"{head}/log_loss/{task}", metrics.log_loss(logits, labels, mask=mask)
-                # `metrics.calibration` request by request, so that user groups have theirs.
-                sums = (request_sums(x.where(mask, 0), batch.offsets) for x in (logits.double().sigmoid(), labels))
-                yield f"{head}/calibration/{task}", PerRequest.of(*sums)
+                expected, found = logits.double().sigmoid(), labels
+            # `metrics.calibration` request by request, so that user groups have theirs.
+            sums = (request_sums(x.where(mask, 0), batch.offsets) for x in (expected, found))
+            yield f"{head}/calibration/{task}", PerRequest.of(*sums)
 
 
 def in_space(

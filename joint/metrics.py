@@ -277,13 +277,20 @@ def grouped_auc(logits: Tensor, labels: Tensor, offsets: Tensor, *, mask: Tensor
 
     logits, labels (0 or 1), mask (bool, True = a unit) `[N]`. Unit: request with both classes.
     """
+    return grouped_auc_by_request(logits, labels, offsets, mask=mask).ratio
+
+
+def grouped_auc_by_request(
+    logits: Tensor, labels: Tensor, offsets: Tensor, *, mask: Tensor | None = None
+) -> PerRequest:
+    """`grouped_auc` request by request."""
     kept, labels = _units(logits, labels, mask)
     if mask is None:
         offsets = check_ragged(offsets, logits=logits)
     else:
         offsets = pad(mask.cumsum(0), (1, 0))[check_ragged(offsets, mask=mask)]
     value = _auc_by_request(kept, _binary(labels), offsets)
-    return _mean(value, ~value.isnan())
+    return _per_request(value, ~value.isnan())
 
 
 def log_loss(logits: Tensor, labels: Tensor, *, mask: Tensor | None = None) -> Ratio:

@@ -16,6 +16,7 @@ from joint.data.dataset import Dataset
 from joint.data.ragged import Ragged, offsets_of
 from joint.data.requests import Column, Requests, concatenate_requests, to_arrow
 from joint.distributed import gather_objects, rank, world_size
+from joint.errors import CheckpointError
 from joint.evaluation import Chunk, Evaluator
 from joint.funnel_metrics import best_columns, funnel
 from joint.ranks import order_within, positions
@@ -52,12 +53,19 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, requests: Requests) -> Predicted:
-        """The predictions for requests of one file, the same on every rank."""
+        """The predictions for requests of one file, the same on every rank.
+
+        Raises:
+            CheckpointError: a logit is NaN; as a teacher's it would be taken for one that was never logged.
+        """
         size = self.evaluator.config.data.requests_per_batch
         rows = [np.arange(len(requests))[start : start + size] for start in range(0, len(requests), size)]
         pieces = [self._batch(requests.take(mine), mine) for mine in (some[rank() :: world_size()] for some in rows)]
         everyone = gather_objects(pieces)
         scores = concatenate_requests([scores for found in everyone for scores, _ in found])
+        for column in self.columns:
+            if np.isnan(scores.lists(column).values).any():
+                raise CheckpointError(f"{column}: the model says NaN of a logged candidate; its run has diverged")
         tops = [top for found in everyone for _, tops in found for top in tops]
         return Predicted(
             _in_order(scores), self._named(_in_order(concatenate_requests(tops))) if tops else pa.table({})

@@ -136,6 +136,12 @@ def test_weighted_recall_by_brute_force(measure):
         assert 0 < hit < total
         assert found[f"funnel/{head}/weighted_recall@{quota}/fine"] == pytest.approx(hit / total, rel=1e-6)
     assert "retrieval/weighted_recall@3/like" not in found
+    rated = np.concatenate([r.ratings for r in slow])
+    for head in ("pre_ranking", "ranking"):
+        expected = np.exp(np.concatenate([r.logits[head][r.candidates, 1] for r in slow])).sum()
+        assert found[f"{head}/calibration/fine"] == pytest.approx(expected / rated[rated >= 5].sum(), rel=1e-5)
+        assert f"{head}/log_loss/fine" not in found
+    assert "retrieval/calibration/fine" not in found
 
 
 def check_the_funnel(config: Config, found: dict[str, float], slow: list[Request]) -> None:
@@ -184,14 +190,21 @@ def test_items_that_are_not_eligible_are_never_served_but_still_count_as_missed(
         assert found[f"{head}/recall@{k}"] == pytest.approx(recall_over_the_catalogue(slow, head, k)), (head, k)
 
 
+def auc_of(scores: np.ndarray, positive: np.ndarray) -> float:
+    """NaN where a class is missing."""
+    wins = np.sign(scores[positive][:, None] - scores[~positive][None])
+    return float((wins / 2 + 0.5).mean()) if wins.size else np.nan
+
+
 def test_metrics_on_the_logged_candidates(measured):
     _, _, found, slow = measured
     for (index, at_least), head in itertools.product([(0, 4), (1, 3)], HEADS):
         task = ("like", "fine")[index]
         s = np.concatenate([r.logits[head][r.candidates, index] for r in slow])
         y = np.concatenate([r.ratings >= at_least for r in slow])
-        wins = np.sign(s[y][:, None] - s[~y][None])
-        assert found[f"{head}/auc/{task}"] == pytest.approx((wins / 2 + 0.5).mean())
+        assert found[f"{head}/auc/{task}"] == pytest.approx(auc_of(s, y))
+        within = [auc_of(r.logits[head][r.candidates, index], r.ratings >= at_least) for r in slow]
+        assert found[f"{head}/grouped_auc/{task}"] == pytest.approx(np.nanmean(within))
         assert (f"{head}/log_loss/{task}" in found) == (head != "retrieval")
         if head != "retrieval":
             p = 1 / (1 + np.exp(-s))

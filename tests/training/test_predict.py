@@ -25,6 +25,7 @@ from joint.data.predictions import open_predictions
 from joint.data.ragged import Ragged
 from joint.data.sampling import unlabelled
 from joint.errors import CheckpointError, ConfigError, DataError, UserError
+from joint.evaluation import Evaluator
 from joint.experiment import HEADS, Distillation
 from joint.features import Plan
 from joint.fit import data_hash, predictions_of
@@ -245,6 +246,21 @@ def test_a_failure_leaves_nothing(made, tiny_data, tmp_path):
     with pytest.raises(UserError):
         write(made / "runs" / "tiny", broken, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"data"}
+
+
+def test_a_run_that_has_diverged_predicts_nothing(made, tiny_data, tmp_path, monkeypatch):
+    run = Evaluator.run
+
+    def diverged(*arguments, **more):
+        batch, outputs = run(*arguments, **more)
+        if len(batch.item):
+            outputs["ranking"].logits[0, 1] = torch.nan
+        return batch, outputs
+
+    monkeypatch.setattr(Evaluator, "run", diverged)
+    with pytest.raises(CheckpointError, match=r"ranking\.fine: the model says NaN"):
+        write(made / "runs" / "tiny", tiny_data, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_dataset_has_to_have_what_the_run_reads(made, tiny_data, tmp_path):
