@@ -94,7 +94,7 @@ def _judges(evaluator: Evaluator, head: str, goal: str, split: str) -> Iterator[
     """Some requests at a time: their groups, and what the goal is for them."""
     measured = evaluator.config.evaluation
     if goal.startswith("funnel/"):
-        for entrants in evaluator.entrants(split, measured.quotas["retrieval"]):
+        for entrants in evaluator.entrants(split, measured.quotas.get("retrieval")):
             yield entrants.group, partial(_in_funnel, evaluator, head, goal, entrants)
         return
     for chunk in evaluator.on_logged(split):

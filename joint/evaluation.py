@@ -29,7 +29,7 @@ from joint.distributed import gather_objects, rank, world_size
 from joint.experiment import heads_of
 from joint.funnel_metrics import Entrants, Wanted, best_columns, funnel_metrics, top_k
 from joint.fusion import fuse, fuse_users
-from joint.logged_funnel import logged_funnel
+from joint.logged_funnel import logged_entrants, logged_funnel
 from joint.logged_metrics import State, against_negatives, logged_metrics
 from joint.metrics import PerRequest
 from joint.outputs import Outputs
@@ -40,7 +40,6 @@ from towers.retrieval import Retrieval
 
 Forward = Callable[[Batch], Outputs]
 States = dict[str, list[Any]]  # metric -> its states so far, all of one kind
-
 
 RANDOM = 10  # random items a request that positives are held against
 KEPT = ("request_id", "user_id", "group")  # what is known of a request beside its metrics
@@ -96,16 +95,14 @@ class Evaluator:
 
     def _found(self, chunk: Chunk, whole_catalogue: bool) -> dict[str, State]:
         requests, candidates, batch, outputs, corpus = chunk
-        groups = batch.group[batch.row]
-        scores = {head: self.fused(head, output.logits, groups) for head, output in outputs.items()}
+        scores = self._scores(batch, outputs)
         orders = self._orders(requests, candidates)
         found = logged_metrics(self.config, self.assembler.dataset.schema, batch, outputs, scores, orders)
         if corpus is not None:
             found |= self._retrieval(chunk)
         else:
-            positive = batch.positive[:, self.tasks.index(self.config.evaluation.task)]
-            quotas = self.config.evaluation.quotas
-            found |= logged_funnel(scores, quotas, positive, batch.offsets, orders.get("truth"))
+            entrants = logged_entrants(self.config, requests, batch, outputs, scores, orders)
+            found |= logged_funnel(entrants, self.config.evaluation.quotas)
         found |= dict(against_negatives(self.config, batch, outputs, *self._random(requests, candidates)))
         if whole_catalogue:
             found |= self._whole_catalogue(requests, candidates)
@@ -153,13 +150,18 @@ class Evaluator:
         return pool.vectors[: len(self.eligibility.corpus)]
 
     @torch.no_grad()
-    def entrants(self, split: str, quota: int) -> Iterator[Entrants]:
-        """What enters funnels in which retrieval keeps up to `quota`, scored by all heads once."""
+    def entrants(self, split: str, quota: int | None) -> Iterator[Entrants]:
+        """What enters funnels in which retrieval keeps up to `quota` (None: the logged candidates), scored once."""
         for chunk in self.on_logged(split):
-            free = self.eligibility.mask(chunk.requests)
-            entrants = self.retrieved(chunk, self.corpus_scores(chunk, free), free, quota)
-            if entrants is not None:
-                yield entrants
+            requests, candidates, batch, outputs, _ = chunk
+            if quota is not None:
+                free = self.eligibility.mask(requests)
+                found = self.retrieved(chunk, self.corpus_scores(chunk, free), free, quota)
+            else:
+                scores, orders = self._scores(batch, outputs), self._others(requests, candidates)
+                found = logged_entrants(self.config, requests, batch, outputs, scores, orders)
+            if found is not None and len(requests):
+                yield found
 
     def _chunks(self, split: str) -> Iterator[Requests]:
         """This rank's requests in pieces; every rank gets as many pieces, the last of them maybe without requests."""
@@ -210,6 +212,9 @@ class Evaluator:
     def fused(self, head: str, logits: Tensor, group: Tensor) -> Tensor:
         """A head's scores `[N]` of its logits `[N, T]` and the user group `[N]` of each."""
         return fuse(self.heads[head], self.tasks, logits, group)
+
+    def _scores(self, batch: Batch, outputs: Outputs) -> dict[str, Tensor]:
+        return {head: self.fused(head, output.logits, batch.group[batch.row]) for head, output in outputs.items()}
 
     def _retrieval(self, chunk: Chunk) -> dict[str, State]:
         """Recall over the whole corpus by one matrix product, and the funnel below what retrieval keeps."""
@@ -271,7 +276,7 @@ class Evaluator:
         items = Ragged(self.eligibility.corpus[np.nonzero(kept)[1]], offsets_of(kept.sum(axis=1)))
         retrieved = unlabelled(items, self.assembler.dataset.schema.labels)
         batch, outputs = self.run(requests, retrieved, self.heads)
-        found = {head: self.fused(head, output.logits, batch.group[batch.row]) for head, output in outputs.items()}
+        found = self._scores(batch, outputs)
         orders = self._others(requests, retrieved) | ({"ranking": found["ranking"]} if "ranking" in found else {})
         if not len(requests):
             return None

@@ -72,7 +72,7 @@ class Entrants:
     group: Tensor  # [R] of users
     logits: dict[str, Tensor]  # head -> [N, T]
     scores: dict[str, Tensor]  # head -> its fused scores [N]
-    orders: dict[str, Tensor]  # whose -> their order [N]: of the teacher ("ranking"), "reference" and "truth"
+    orders: dict[str, Tensor]  # whose -> their order [N]: "ranking" (the teacher), "reference", "truth", "logged"
     wanted: dict[str, Wanted]  # kind -> pairs: "positives", "teacher_favourites", "true_favourites"
 
 
@@ -109,9 +109,10 @@ def funnel_metrics(entrants: Entrants, quotas: Mapping[str, int]) -> dict[str, P
     found: dict[str, PerRequest] = {}
     if "truth" in entrants.orders:
         lists = {head: top_k(score, offsets, LIST) for head, score in scores.items()}
-        lists["funnel"] = served(stages, scores, offsets)
+        if stages:
+            lists["funnel"] = served(stages, scores, offsets)
         found |= dict(true_rewards(entrants.orders["truth"], offsets, lists))
-    for kind, wanted in entrants.wanted.items():
+    for kind, wanted in entrants.wanted.items() if stages else ():
         found |= dict(survival(kind, wanted, stages, quotas, len(entrants.requests)))
     for whose, order in entrants.orders.items() if "retrieval" in quotas else ():
         for head in (head for head in scores if head != whose):

@@ -4,47 +4,62 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from joint.batch import Batch
 from joint.data.planted.truth import LIST
-from joint.funnel_metrics import funnel, served, top_k, true_rewards
+from joint.data.ragged import Ragged
+from joint.data.requests import Requests
+from joint.experiment import Config
+from joint.funnel_metrics import Entrants, Wanted, funnel_metrics
 from joint.metrics import PerRequest
-from joint.ranks import request_sums
+from joint.outputs import Outputs
+from joint.ranks import top_k
 
 CANDIDATES = "logged/candidates"  # the metric that says how many a request has
 
 
-def logged_funnel(
-    scores: Mapping[str, Tensor],
-    quotas: Mapping[str, int],
-    positive: Tensor,
-    offsets: Tensor,
-    truth: Tensor | None,
-) -> dict[str, PerRequest]:
-    """What each stage leaves of all that the log holds, and what the ten are truly worth; names as over a corpus.
+def logged_entrants(
+    config: Config,
+    requests: Requests,
+    batch: Batch,
+    outputs: Outputs,
+    scores: dict[str, Tensor],
+    orders: dict[str, Tensor],
+) -> Entrants:
+    """All that the log holds, as what enters the funnel; nothing of it is outside, whatever is eligible.
 
     Favourites are the ten that are best among the logged candidates: no head could have found others.
 
     Args:
-        scores: head -> its fused scores `[N]`; quotas: head -> how many it keeps, in the funnel's order.
-        positive: bool `[N]`; truth: true rewards `[N]`, None where unknown.
+        scores: head -> its fused scores `[N]`; orders: whose -> an order of the candidates `[N]`.
     """
-    stages = dict(funnel(scores, quotas, offsets))
-    wanted = {"positives": positive}
+    tasks = list(config.tasks)
+    chosen = {"positives": batch.positive[:, tasks.index(config.evaluation.task)]}
     if "ranking" in scores:
-        wanted["teacher_favourites"] = top_k(scores["ranking"], offsets, LIST)
-    sizes = offsets.diff()
-    found = {CANDIDATES: PerRequest.of(sizes, torch.ones_like(sizes))}
-    if truth is not None:
-        wanted["true_favourites"] = top_k(truth, offsets, LIST)
-        lists = {head: top_k(score, offsets, LIST) for head, score in scores.items()}
-        if stages:
-            lists["funnel"] = served(stages, scores, offsets)
-        found |= dict(true_rewards(truth, offsets, lists))
-    for what, mask in wanted.items():
-        total = request_sums(mask, offsets)
-        for head, alive in stages.items():
-            name = f"recall@{quotas[head]}" if what == "positives" else what
-            found[f"funnel/{head}/{name}"] = PerRequest.of(request_sums(alive & mask, offsets), total)
-    return found
+        chosen["teacher_favourites"] = top_k(scores["ranking"], batch.offsets, LIST)
+    if "truth" in orders:
+        chosen["true_favourites"] = top_k(orders["truth"], batch.offsets, LIST)
+    items = Ragged(batch.item.cpu().numpy(), batch.offsets.cpu().numpy())
+    worth = batch.weight.where(batch.positive, 0).cpu().numpy()
+    weight = {task: worth[:, index] for index, task in enumerate(tasks) if config.tasks[task].kind == "weighted"}
+    wanted = {
+        kind: _wanted(items, mask.cpu().numpy(), weight if kind == "positives" else {}) for kind, mask in chosen.items()
+    }
+    logits = {head: output.logits for head, output in outputs.items()}
+    return Entrants(requests, items, batch.offsets, batch.group, logits, scores, orders, wanted)
+
+
+def _wanted(items: Ragged, mask: np.ndarray, weight: Mapping[str, np.ndarray]) -> Wanted:
+    """Some of the candidates themselves, bool `[N]`."""
+    place = np.flatnonzero(mask)
+    of = {task: values[place] for task, values in weight.items()}
+    return Wanted(items.rows[place], items.values[place], np.ones(len(place), bool), place, of)
+
+
+def logged_funnel(entrants: Entrants, quotas: Mapping[str, int]) -> dict[str, PerRequest]:
+    """`funnel_metrics` of logged candidates, and how many a request has."""
+    sizes = entrants.offsets.diff()
+    return {CANDIDATES: PerRequest.of(sizes, torch.ones_like(sizes))} | funnel_metrics(entrants, quotas)

@@ -20,7 +20,7 @@ from joint.features import Plan
 from joint.fit import check_against, check_groups
 from joint.model import JointModel
 from joint.run import RunDirectory, write_metrics
-from joint.summary import table
+from joint.summary import alignment_table, table
 from joint.task import build_task
 
 
@@ -95,3 +95,5 @@ def evaluate_run(path: Path, split: str | None, overrides: Sequence[str] = ()) -
                 write_metrics(run, found.numbers, found.requests)
             seen = " (which it was trained on)" if split in config.data.train else ""
             print(f"{run.path}, step {step}, on {split}{seen}:\n{table(config, found.numbers)}")
+            if aligned := alignment_table(config, found.numbers):
+                print(f"\n{aligned}")

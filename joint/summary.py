@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from torchrec.distributed import DistributedModelParallel
 
+from joint.alignment import STUDENTS
 from joint.checkpoint import Progress
 from joint.cost import Cost, funnel_costs
 from joint.data.dataset import Dataset
@@ -100,6 +101,31 @@ def table(config: Config, found: Mapping[str, float]) -> str:
     lines = [["", *(columns[i] for i in known)]]
     lines += [[row.removeprefix("baselines/"), *(_cell(values[i]) for i in known)] for row, values in cells.items()]
     return "\n".join([*folded(lines), *_funnel_lines(config, found)])
+
+
+def alignment_table(config: Config, found: Mapping[str, float]) -> str:
+    """How near each student is to the own teacher: what is known of reverse rates, overlap, calibration and fusion.
+
+    '' where there is nothing: no student, or no teacher.
+    """
+    first, tasks = min(config.evaluation.k), list(config.tasks)
+    columns = {f"reverse/{task}": f"{{rate}}/{task}" for task in ("fused", *tasks)}
+    columns["inconsistency"] = "alignment/fusion_inconsistency/{student}/ranking"
+    if "retrieval" in config.evaluation.quotas:
+        quota = config.evaluation.quotas["retrieval"]
+        columns[f"nktd@{quota}"] = f"alignment/nktd@{quota}/{{student}}"
+    for part in ("", "/exposed", "/unexposed"):
+        columns[f"overlap@{first}{part}"] = f"alignment/teacher/overlap@{first}/{{student}}{part}"
+    columns |= {f"calibration/{task}": f"{{student}}/calibration/{task}" for task in tasks}
+    cells = {
+        student: [found.get(name.format(rate=rate, student=student), math.nan) for name in columns.values()]
+        for student, rate in STUDENTS.items()
+        if f"{rate}/fused" in found
+    }
+    known = [i for i in range(len(columns)) if any(not math.isnan(values[i]) for values in cells.values())]
+    lines = [["to the teacher", *([*columns][i] for i in known)]]
+    lines += [[student, *(_cell(values[i]) for i in known)] for student, values in cells.items()]
+    return "\n".join(folded(lines)) if known else ""
 
 
 def funnel_table(config: Config, found: Mapping[str, float], costs: Mapping[str, Cost], *, corpus: int) -> str:

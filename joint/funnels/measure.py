@@ -20,6 +20,7 @@ from joint.errors import UserError
 from joint.evaluation import Evaluator
 from joint.experiment import HEADS, Config
 from joint.funnel_metrics import Entrants, funnel, funnel_metrics, served, survival
+from joint.logged_funnel import CANDIDATES, logged_funnel
 from joint.metrics import PerRequest, Ratio, merge_all
 from joint.ranks import request_sums
 
@@ -50,11 +51,17 @@ def funnel_numbers(evaluator: Evaluator, split: str, thirds: Thirds) -> dict[str
     quotas = evaluator.config.evaluation.quotas
 
     def measured() -> Iterator[tuple[Requests, dict[str, PerRequest]]]:
-        for entrants in evaluator.entrants(split, quotas["retrieval"]):
+        for entrants in evaluator.entrants(split, quotas.get("retrieval")):
             by_popularity = dict(_by_popularity(entrants, quotas, thirds.third))
-            yield entrants.requests, funnel_metrics(entrants, quotas) | by_popularity
+            found = funnel_metrics if "retrieval" in quotas else logged_funnel
+            yield entrants.requests, found(entrants, quotas) | by_popularity
 
     return evaluator.collect(split, measured()).numbers
+
+
+def first_scores(evaluator: Evaluator, numbers: Mapping[str, float]) -> int:
+    """How many items the first stage scores a request: the pool, or the logged candidates (their mean)."""
+    return len(evaluator.eligibility.corpus) if "retrieval" in evaluator.heads else round(numbers[CANDIDATES])
 
 
 def _by_popularity(entrants: Entrants, quotas: Quotas, third: np.ndarray) -> Iterator[tuple[str, PerRequest]]:
@@ -84,8 +91,14 @@ def read_grid(sweep: Sequence[str], config: Config) -> list[Quotas]:
     Combinations in which a head would keep more than the one before it left are left out.
 
     Raises:
-        UserError: it is not written so, names no head of the run, or no combination is left.
+        UserError: it is not written so, names no head of the run, no combination is left, or a pool of retrieval has
+            places of its own, which would depend on the quota.
     """
+    for name, pool in config.evaluation.pools.items():
+        if pool.quota:
+            raise UserError(
+                f"--sweep: evaluation.pools.{name}.quota reserves {pool.quota} places; set it to 0 to sweep"
+            )
     known = config.evaluation.quotas
     tried = {head: [quota] for head, quota in known.items()}
     for text in sweep:
@@ -103,22 +116,26 @@ def read_grid(sweep: Sequence[str], config: Config) -> list[Quotas]:
     return grid
 
 
-def sweep_quotas(evaluator: Evaluator, split: str, grid: Sequence[Quotas], costs: Mapping[str, Cost]) -> list[Point]:
-    """Every funnel of the grid, by falling cost; the model scores the widest retrieval once, for all of them.
+def sweep_quotas(
+    evaluator: Evaluator, split: str, grid: Sequence[Quotas], costs: Mapping[str, Cost], *, scored: int
+) -> list[Point]:
+    """Every funnel of the grid, by rising cost; the model scores the widest retrieval once, for all of them.
 
     The teacher's favourites are its ten of the widest retrieval, so that all funnels are measured by the same ten.
+
+    Args:
+        scored: how many items the first stage scores a request.
     """
-    widest = max(quotas["retrieval"] for quotas in grid)
+    widest = max((quotas["retrieval"] for quotas in grid if "retrieval" in quotas), default=None)
     found: list[list[dict[str, Ratio]]] = [[] for _ in grid]
     for entrants in evaluator.entrants(split, widest):
         for quotas, pieces in zip(grid, found, strict=True):
             pieces.append(dict(_outcome(entrants, quotas)))
     everywhere = [[*itertools.chain(*pieces)] for pieces in zip(*gather_objects(found), strict=True)]
-    corpus = len(evaluator.eligibility.corpus)
     points = [
         Point(
             quotas,
-            sum(funnel_costs(costs, quotas, corpus).values()),
+            sum(funnel_costs(costs, quotas, scored).values()),
             {name: merge_all(piece[name] for piece in pieces).value for name in pieces[0]},
         )
         for quotas, pieces in zip(grid, everywhere, strict=True)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from joint.cost import head_costs
 from joint.distributed import rank
 from joint.errors import ConfigError, UserError
-from joint.funnels.measure import Quotas, Thirds, funnel_numbers, popularity_thirds, read_grid, sweep_quotas
+from joint.funnels.measure import (
+    Quotas,
+    Thirds,
+    first_scores,
+    funnel_numbers,
+    popularity_thirds,
+    read_grid,
+    sweep_quotas,
+)
 from joint.funnels.shares import KINDS, lost
 from joint.funnels.writing import STARS, starred, write_comparison, write_funnel
 from joint.measure import Opened, open_model
@@ -39,10 +48,11 @@ def show_funnel(
         quotas = _quotas(opened)
         grid, costs = read_grid(sweep, config) if sweep else [], head_costs(model)
         thirds, numbers = _measured(opened, split)
-        points = sweep_quotas(evaluator, split, grid, costs) if grid else []
+        scored = first_scores(evaluator, numbers)
+        points = sweep_quotas(evaluator, split, grid, costs, scored=scored) if grid else []
         if rank() == 0:
             said = [f"{run.path}, step {step}, on {split}:"]
-            said += [funnel_table(config, numbers, costs, corpus=len(evaluator.eligibility.corpus))]
+            said += [funnel_table(config, numbers, costs, corpus=scored)]
             said += ["", "lost by:", *aligned(_lost_cells({"": (numbers, quotas)}))]
             text = "\n".join(said)
             print(text)
@@ -58,15 +68,13 @@ def compare_funnels(paths: Sequence[Path], split: str | None, overrides: Sequenc
 
     Raises:
         ConfigError: a config has no quotas.
-        UserError: two runs have one name, other datasets or other stages; or the report cannot be written.
+        UserError: a run is given twice, or runs are of other datasets or other stages; or the report cannot be written.
     """
     found: dict[str, tuple[Mapping[str, float], Quotas]] = {}
     data: dict[str, str] = {}
-    for path in paths:
+    for name, path in run_names(paths).items():
         with open_model(path, overrides) as opened:
-            name, evaluator = opened.run.path.name, opened.evaluator
-            if name in found:
-                raise UserError(f"two runs are named {name}; give each another run.name")
+            evaluator = opened.evaluator
             part = split or evaluator.config.evaluation.test
             data[name] = f"{evaluator.assembler.dataset.schema.hash}/{part}/{list(_quotas(opened))}"
             if len(set(data.values())) > 1:
@@ -78,12 +86,26 @@ def compare_funnels(paths: Sequence[Path], split: str | None, overrides: Sequenc
         print(f"\n{out}/report.md has the table and the picture")
 
 
+def run_names(paths: Sequence[Path]) -> dict[str, Path]:
+    """Runs by the names of their folders; where two have the same, by their paths from where these differ.
+
+    Raises:
+        UserError: a run is given twice.
+    """
+    absolute = [path.resolve() for path in paths]
+    if twice := [path for path, where in zip(paths, absolute, strict=True) if absolute.count(where) > 1]:
+        raise UserError(f"{twice[0]}: given twice; expected different runs")
+    names = [where.name for where in absolute]
+    if len({*names}) < len(names):
+        shared = os.path.commonpath([where.parent for where in absolute])
+        names = [str(where.relative_to(shared)) for where in absolute]
+    return dict(zip(names, paths, strict=True))
+
+
 def _quotas(opened: Opened) -> Quotas:
     quotas = opened.evaluator.config.evaluation.quotas
     if not quotas:
         raise ConfigError(f"{opened.run.path}: evaluation.quotas names no stage, so there is no funnel")
-    if "retrieval" not in quotas:
-        raise ConfigError(f"{opened.run.path}: no retrieval head, so its funnel is in joint.evaluate's table alone")
     return quotas
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import ClassVar, cast
 
 import numpy as np
 import pytest
@@ -13,11 +13,12 @@ from joint.cost import Cost, funnel_costs
 from joint.data.ragged import Ragged
 from joint.data.requests import Requests
 from joint.errors import UserError
-from joint.experiment import Config
+from joint.experiment import Config, ItemPool
 from joint.funnel_metrics import Entrants, Wanted, best_columns, funnel, funnel_metrics, survival
 from joint.funnels.figures import lost_figure, survival_figure, sweep_figure
 from joint.funnels.measure import REWARD, Point, Thirds, efficient, read_grid
 from joint.funnels.shares import left, lost, slices
+from joint.funnels.show import run_names
 from joint.funnels.writing import lost_table, starred, sweep_table
 
 QUOTAS = {"retrieval": 3, "pre_ranking": 2, "ranking": 1}
@@ -133,6 +134,7 @@ class Told:
 
     class evaluation:  # noqa: N801 - as the config's section is called
         quotas = QUOTAS
+        pools: ClassVar[dict[str, ItemPool]] = {}
 
 
 def test_the_grid_has_every_combination_that_narrows():
@@ -150,6 +152,20 @@ def test_the_grid_has_every_combination_that_narrows():
     ]:
         with pytest.raises(UserError, match=said):
             read_grid([text], config)
+
+
+def test_places_reserved_for_a_pool_are_not_swept(monkeypatch):
+    monkeypatch.setattr(Told.evaluation, "pools", {"all": ItemPool(), "fresh": ItemPool(quota=2)})
+    with pytest.raises(UserError, match=r"--sweep: evaluation.pools.fresh.quota reserves 2 places; set it to 0"):
+        read_grid(["retrieval=3"], cast(Config, Told()))
+
+
+def test_runs_are_named_by_where_they_differ(tmp_path):
+    one, two, other = tmp_path / "a" / "seed-0", tmp_path / "b" / "seed-0", tmp_path / "a" / "seed-1"
+    assert run_names([one, other]) == {"seed-0": one, "seed-1": other}
+    assert run_names([one, two]) == {"a/seed-0": one, "b/seed-0": two}
+    with pytest.raises(UserError, match="seed-0: given twice"):
+        run_names([one, other, one.parent / "." / "seed-0"])
 
 
 def test_a_stage_costs_its_user_side_and_every_candidate():

@@ -97,7 +97,7 @@ def test_the_funnel_of_a_run_in_print(runs: Path, capsys: pytest.CaptureFixture[
 def test_a_sweep_of_true_worth_is_as_many_runs(runs: Path) -> None:
     grid = [{"retrieval": n, "pre_ranking": m, "ranking": 10} for n in (30, 60) for m in (12, 25)]
     with open_model(runs / "first", []) as (_, evaluator, model, _):
-        points = sweep_quotas(evaluator, "test", grid, head_costs(model))
+        points = sweep_quotas(evaluator, "test", grid, head_costs(model), scored=600)
         config = evaluator.config
         for point in points:
             evaluator.config = replace(config, evaluation=replace(config.evaluation, quotas=point.quotas))
@@ -127,7 +127,8 @@ def test_a_run_s_report_and_several_runs_beside_each_other(runs: Path, tmp_path:
     assert set(pd.read_csv(tmp_path / "two" / "lost.csv").run) == {"first", "second"}
     for arguments, said in [
         ([first, second, "--sweep", "retrieval=3"], "several without --sweep"),
-        ([first, first], "two runs are named first"),
+        ([first, first], "first: given twice"),
+        ([first, "evaluation.pools={all: {quota: 5}}", "--sweep", "retrieval=20"], "reserves 5 places"),
         ([first, "--sweep", "retrieval=many"], "expected numbers of 1 or more"),
         ([first, "evaluation.quotas=null", "--sweep", "retrieval=3"], "there is no funnel"),
     ]:
@@ -136,6 +137,27 @@ def test_a_run_s_report_and_several_runs_beside_each_other(runs: Path, tmp_path:
     monkeypatch.setattr("joint.cascade.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"a report needs matplotlib: pip install matplotlib"):
         cascade([first])
+
+
+def test_the_report_of_heads_below_a_retrieval_that_is_not_ours(world: Path, tmp_path: Path, capsys) -> None:
+    paper = CONFIG.parent / "papers" / "sdcl.yaml"
+    where = [f"data.path={world}", f"run.dir={tmp_path}", "run.name=below", "data.epochs=1"]
+    assert main([str(paper), *where, "evaluation.quotas={pre_ranking: 8, ranking: 4}"]) == 0
+    capsys.readouterr()
+    assert cascade([str(tmp_path / "below"), "--sweep", "pre_ranking=4,8,12"]) == 0
+    one = found(tmp_path, "below")
+    table = pd.read_csv(tmp_path / "below" / "cascade" / "sweep.csv")
+    own = table[table.pre_ranking == 8].iloc[0]
+    assert len(table) == 3
+    assert own.positives == pytest.approx(one["funnel/ranking/recall@4"])
+    assert own["true_reward@10"] == pytest.approx(one["funnel/true_reward@10"])
+    lost = pd.read_csv(tmp_path / "below" / "cascade" / "lost.csv").set_index(["wanted", "of"]).loc["positives", "all"]
+    assert lost.pre_ranking == pytest.approx(one["funnel/lost/pre_ranking"])
+    assert lost.outside == 0
+    assert lost.sum() == pytest.approx(1)
+    said = capsys.readouterr().out.splitlines()
+    assert any(line.split()[:3] == ["pre_ranking", str(round(one["logged/candidates"])), "8"] for line in said)
+    assert "lost.png" in {path.name for path in (tmp_path / "below" / "cascade").iterdir()}
 
 
 def test_fusion_weights_of_every_head_are_tried(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
