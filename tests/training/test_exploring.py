@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,10 @@ def run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measured(run: Path, *overrides: str) -> dict[str, float]:
+    """The metrics that have a unit: nan is not equal to itself."""
     with open_model(run, overrides) as opened:
-        return opened.evaluator("test", whole_catalogue=False).numbers
+        numbers = opened.evaluator("test", whole_catalogue=False).numbers
+    return {name: value for name, value in numbers.items() if not math.isnan(value)}
 
 
 def test_noise_costs_recall_and_brings_other_items(run: Path) -> None:
