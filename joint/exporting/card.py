@@ -31,7 +31,7 @@ def card(said: Mapping[str, Any]) -> str:
         "",
         "```",
         "python -m joint.serve check .",
-        "python -m joint.serve recommend . --request request.json",
+        "python -m joint.serve recommend . --request selfcheck/request.json",
         "```",
         "",
         "## What it was measured to be",

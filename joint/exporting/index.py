@@ -101,7 +101,7 @@ def write_index(
         said = gate(kind, tried, exact, users, weights)
         if said.passed:
             chosen, index = kind, tried
-    stem = f"index/{pool or 'all'}"
+    stem = f"index/pool.{pool}" if pool else "index/all"  # a pool may be called `all`
     (folder / "index").mkdir(exist_ok=True)
     faiss.write_index(index, str(folder / f"{stem}.{chosen}.faiss"))
     entry: dict[str, Any] = {

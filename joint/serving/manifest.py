@@ -131,7 +131,7 @@ def hash_of(paths: Iterable[Path]) -> str:
 
 def versions(folder: Path) -> list[Path]:
     """The versions in an export folder, the newest last."""
-    found = [path for path in folder.glob("*") if path.name.isdigit() and (path / NAME).is_file()]
+    found = [path for path in folder.glob("*") if path.name.isdecimal() and (path / NAME).is_file()]
     return sorted(found, key=lambda path: int(path.name))
 
 

@@ -19,9 +19,8 @@ from joint.serving.index import Index
 from joint.serving.inputs import Arrays, candidate_inputs, item_inputs, request_inputs
 from joint.serving.items import Items
 from joint.serving.manifest import Manifest, inside, version_folder
-from joint.serving.requests import Request, RequestReader
-
-MOST_ITEMS = 100_000  # k, quotas and given candidates
+from joint.serving.requests import MOST_ITEMS, Request, RequestReader
+from joint.serving.words import integer
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,7 @@ class Recommender:
 
     Raises:
         ExportError: the folder is incomplete, changed or of mixed versions.
+        RequestError: a quota is of no stage of this export, or not 1 to 100,000.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Recommender:
         self.pool = said["eligibility"]["pool"] if pool is None else pool
         self.retrieves = "v" in self.items.vectors
         self.index = Index(self.manifest, self.items, self.pool) if self.retrieves else None
-        self.quotas = {**said["quotas"], **(quotas or {})}
+        self.quotas = _quotas(said["quotas"], quotas or {})
 
     def recommend(
         self,
@@ -96,7 +96,7 @@ class Recommender:
             RequestError: a field is missing, unknown or of another kind, or there is nothing to retrieve from.
         """
         clock = _Clock()
-        if not 0 < k <= MOST_ITEMS:
+        if not 0 < integer(k, "k") <= MOST_ITEMS:
             raise RequestError(f"k: expected 1 to {MOST_ITEMS}, found {k}")
         if candidates is None and self.index is None:
             raise RequestError("candidates: missing; this export has no retrieval head to find some")
@@ -167,7 +167,8 @@ class Recommender:
         """A graph's outputs by name.
 
         Raises:
-            RequestError: an input is missing or one too many, or of another type or shape.
+            RequestError: an input is missing or one too many, or of another type or shape, or so large that an output
+                is not finite.
         """
         said = self.manifest.stages[graph]
         if inputs.keys() != set(said["inputs"]):
@@ -180,6 +181,8 @@ class Recommender:
             found = self.graphs[graph].run(said["outputs"], inputs)
         except Exception as error:  # onnxruntime's own kinds
             raise RequestError(f"{graph}: {str(error).splitlines()[0]}") from error
+        if not all(np.isfinite(output).all() for output in found):
+            raise RequestError(f"{graph}: its answer is not finite; expected numbers like those of the log")
         return dict(zip(said["outputs"], found, strict=True))
 
     def item_vectors(self, rows: np.ndarray) -> Arrays:
@@ -200,7 +203,7 @@ class Recommender:
         return open_items(self.items.first_day[self.pool], rows, day) & ~np.isin(rows, taken)
 
     def _given(self, candidates: Sequence[object], requests: Requests) -> np.ndarray:
-        rows = np.unique(self.read.rows(candidates, "candidates"))
+        rows = np.unique(self.read.candidates(candidates))
         return rows[self._eligible(rows, self._taken(requests), int(requests.scalars("day")[0]))]
 
     def _cut(
@@ -212,6 +215,15 @@ class Recommender:
         keep = 0 if stage == "ranking" else diversity.keep
         vectors = self.items.vectors["v" if self.retrieves else "pi"][rows]
         return diversified(scores, vectors, count, weight=diversity.weight, keep=keep)
+
+
+def _quotas(known: Mapping[str, int], given: Mapping[str, int]) -> dict[str, int]:
+    for stage, quota in given.items():
+        if stage not in known:
+            raise RequestError(f"quotas: no stage {stage!r}; expected {', '.join(known)}")
+        if not 0 < integer(quota, f"quotas.{stage}") <= MOST_ITEMS:
+            raise RequestError(f"quotas.{stage}: expected 1 to {MOST_ITEMS}, found {quota}")
+    return {**known, **given}
 
 
 def _transformed(logits: np.ndarray, of: str) -> np.ndarray:

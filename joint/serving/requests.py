@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from difflib import get_close_matches
@@ -21,6 +20,8 @@ from joint.serving.words import NOTHING, Words, integer
 
 OPTIONAL = ("day", "group")  # a day decides which items are there yet, a group which weights the tasks have
 MOST_VALUES = 10_000  # of a list of a request
+MOST_ITEMS = 100_000  # k, quotas and given candidates
+LARGEST = float(np.finfo(np.float32).max)
 ALL_DAYS = int(np.iinfo(np.int32).max - 1)  # without a day, all items that ever join a pool are there
 
 Request = Mapping[str, object]
@@ -69,9 +70,9 @@ class RequestReader:
             columns |= self._history(name, history, requests)
         return Requests(columns)
 
-    def rows(self, items: object, field: str) -> np.ndarray:
-        """The rows of a list of items, -1 for unknown ones."""
-        return self.items.words.places(_list(items, field), field)
+    def candidates(self, items: object) -> np.ndarray:
+        """The rows of a list of candidates, -1 for unknown ones."""
+        return self.items.words.places(_list(items, "candidates", MOST_ITEMS), "candidates")
 
     def _check_fields(self, request: Request) -> None:
         if not isinstance(request, Mapping):
@@ -105,7 +106,7 @@ class RequestReader:
 
     def _history(self, name: str, history: History, requests: Sequence[Request]) -> dict[str, Column]:
         lists = [_list(request[name], name) for request in requests]
-        past = _ragged(self.rows([item for items in lists for item in items], name), lists)
+        past = _ragged(self.items.words.places([item for items in lists for item in items], name), lists)
         known = past.values >= 0
         columns: dict[str, Column] = {name: past.keep(known)}
         for field, feature in self.events.items():
@@ -148,11 +149,11 @@ def _ragged(values: np.ndarray, lists: Iterable[Sequence[object]]) -> Ragged:
     return Ragged(values, offsets_of(np.array([len(one) for one in lists], np.int64)))
 
 
-def _list(value: object, field: str) -> Sequence[object]:
+def _list(value: object, field: str, most: int = MOST_VALUES) -> Sequence[object]:
     if not isinstance(value, list | tuple):
         raise RequestError(f"{field}: expected a list, found {value!r}")
-    if len(value) > MOST_VALUES:
-        raise RequestError(f"{field}: {len(value)} values; at most {MOST_VALUES} are taken")
+    if len(value) > most:
+        raise RequestError(f"{field}: {len(value)} values; at most {most} are taken")
     return value
 
 
@@ -164,13 +165,13 @@ def _parallel(value: object, field: str, events: Sequence[object]) -> Sequence[o
 
 
 def _numbers(value: object, field: str, width: int) -> Sequence[float]:
-    """So many finite numbers; null is zeros."""
+    """So many numbers that are finite as float32; null is zeros."""
     if value is None:
         return [0.0] * width
     found = _list(value, field) if width > 1 or isinstance(value, list | tuple) else [value]
     for number in found:
-        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-            raise RequestError(f"{field}: expected a number, found {number!r}")
+        if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) <= LARGEST:
+            raise RequestError(f"{field}: expected a number that is finite as float32, found {number!r:.40}")
     if len(found) != width:
         raise RequestError(f"{field}: {len(found)} numbers; expected {width}")
     return found  # type: ignore[return-value]

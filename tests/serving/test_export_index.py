@@ -57,6 +57,14 @@ def test_mixtures_by_hand() -> None:
     assert np.concatenate(mixed)[:, 0] == pytest.approx([20.5, 7.3, 3.7, 1.0, 3.7, 7.3, 10.0])
 
 
+def test_a_pool_called_all_has_an_index_of_its_own(tmp_path: Path) -> None:
+    vectors = clustered(500, seed=2)
+    whole, pool = write_index(tmp_path, "", vectors, "abc"), write_index(tmp_path, "all", vectors[:9], "abc")
+    assert faiss.read_index(str(tmp_path / whole["file"])).ntotal == 500
+    assert faiss.read_index(str(tmp_path / pool["file"])).ntotal == 9
+    assert whole["sidecar"] != pool["sidecar"]
+
+
 def test_what_is_refused_gives_way_to_the_exact_index(tmp_path: Path) -> None:
     vectors = clustered(4000, seed=2, skew=1.5)
     entry = write_index(tmp_path, "", vectors, "abc", kind="hnsw", users=USERS, weights=WEIGHTS)

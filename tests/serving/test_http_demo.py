@@ -26,4 +26,5 @@ def test_the_demo_answers(exported: Path, asked: Callable[..., dict[str, Any]]) 
     assert answer.json()["ids"] == recommender.recommend(asked(), 3).ids
     wrong = client.post("/recommend", json={"request": asked(agee=1)})
     assert wrong.status_code == 422
+    assert client.post("/recommend", json={"request": asked(), "k": "3"}).status_code == 422
     assert "agee: no such field" in wrong.json()["detail"]

@@ -211,6 +211,10 @@ def test_no_weight_changes_nothing_and_much_does(recommender: Recommender, asked
         ({"user_id": 2**70}, "user_id: .* is no 64-bit integer"),
         ({"age": "old"}, "age: expected a number"),
         ({"age": float("nan")}, "age: expected a number"),
+        ({"age": 1e300}, "age: expected a number that is finite as float32, found 1e[+]300"),
+        ({"age": 10**400}, "age: expected a number"),
+        ({"age": 3e38}, "user_tower: its answer is not finite"),
+        ({"taste": [0.0, -1e39, 0.0]}, "taste: expected a number"),
         ({"taste": [1.0, 2.0]}, "taste: 2 numbers; expected 3"),
         ({"viewed.device": []}, "viewed.device: 0 values; its history has"),
         ({"viewed.device": [1.5]}, "viewed.device"),
@@ -222,6 +226,32 @@ def test_no_weight_changes_nothing_and_much_does(recommender: Recommender, asked
 def test_a_wrong_field_is_named(recommender: Recommender, asked: Asked, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         recommender.recommend(asked(**changes))
+
+
+@pytest.mark.parametrize("k", ["3", 2.5, None, True, 0, -1, 100_001])
+def test_k_is_a_number_of_items(recommender: Recommender, asked: Asked, k: Any) -> None:
+    with pytest.raises(RequestError, match="^k: expected"):
+        recommender.recommend(asked(), k)
+
+
+@pytest.mark.parametrize(
+    ("quotas", "message"),
+    [
+        ({"retreival": 3}, "no stage 'retreival'; expected retrieval, pre_ranking, ranking"),
+        ({"retrieval": -1}, "quotas.retrieval: expected 1 to 100000, found -1"),
+        ({"ranking": 2.5}, "quotas.ranking: expected an integer"),
+    ],
+)
+def test_a_wrong_quota_is_named(exported: Path, quotas: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        Recommender(exported, quotas=quotas, verify=False)
+
+
+def test_many_candidates_and_many_requests_at_once_are_taken(recommender: Recommender, asked: Asked) -> None:
+    assert recommender.recommend(asked(), candidates=["item 3"] * 50_000).ids == ["item 3"]
+    with pytest.raises(RequestError, match="candidates: 100001 values; at most 100000"):
+        recommender.recommend(asked(), candidates=["item 3"] * 100_001)
+    assert len(recommender.read([asked(bought=["item 3"] * 8_000)] * 2)) == 2
 
 
 def test_a_missing_field_is_named(recommender: Recommender, asked: Asked) -> None:
@@ -258,13 +288,13 @@ def test_a_changed_file_is_refused(copied: Path) -> None:
 
 
 def test_vectors_and_indices_of_another_model_are_refused(copied: Path, light: Path) -> None:
-    for name in ("items.parquet", "index/shelf.json"):
+    for name in ("items.parquet", "index/pool.shelf.json"):
         before = (copied / name).read_bytes()
         shutil.copy(light / name, copied / name)
         with pytest.raises(ExportError, match="mixed versions"):
             Recommender(copied, verify=False)
         (copied / name).write_bytes(before)
-    (copied / "index/shelf.flat.faiss").unlink()
+    (copied / "index/pool.shelf.flat.faiss").unlink()
     with pytest.raises(ExportError, match="not found"):
         Recommender(copied)
 
@@ -293,7 +323,7 @@ def change_a_weight(folder: Path) -> None:
 
 
 def permute_the_index(folder: Path) -> None:
-    path = str(folder / "index/shelf.flat.faiss")
+    path = str(folder / "index/pool.shelf.flat.faiss")
     index = faiss.read_index(path)
     vectors = index.reconstruct_n(0, index.ntotal)
     other = faiss.IndexFlatIP(index.d)
