@@ -22,16 +22,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="joint.export", description="Hand a run over to serving.")
     parser.add_argument("run", type=Path, help="run directory; with --items, an exported folder")
     parser.add_argument("--out", type=Path, help="folder of versions; with --items, by default the same folder")
-    parser.add_argument("--heads", default=",".join(HEADS), help="of these, those that the run has (default: both)")
-    parser.add_argument("--table-dtype", choices=("fp32", "fp16", "int8"), default="fp32")
+    parser.add_argument("--heads", help="of these, those that the run has (default: both)")
+    parser.add_argument("--table-dtype", choices=("fp32", "fp16", "int8"), help="(default: fp32)")
     parser.add_argument(
-        "--index", choices=("flat", "ivf", "hnsw"), default="flat", help="flat is exact; the others are gated"
+        "--index", choices=("flat", "ivf", "hnsw"), help="flat (the default) is exact; the others are gated"
     )
     parser.add_argument("--with-teacher", action="store_true", help="export the ranking head and its features too")
     parser.add_argument("--items", type=Path, help="new items, a row each, as the log describes them")
     parsed = parser.parse_args(arguments)
     _check_packages()
     if parsed.items:
+        _check_alone(parsed)
         from joint.exporting.more_items import add_items
 
         added = add_items(parsed.run, parsed.items, parsed.out or parsed.run)
@@ -44,7 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from joint.exporting.build import Choices, export_run
 
     choices = Choices(
-        heads=_heads(parsed.heads), precision=parsed.table_dtype, teacher=parsed.with_teacher, index=parsed.index
+        heads=_heads(parsed.heads or ",".join(HEADS)),
+        precision=parsed.table_dtype or "fp32",
+        teacher=parsed.with_teacher,
+        index=parsed.index or "flat",
     )
     folder, differences = export_run(parsed.run, parsed.out, choices)
     print(f"{folder}: exported, and answers as the training forward does; largest differences, as parts of the scale:")
@@ -57,6 +61,12 @@ def _heads(text: str) -> tuple[str, ...]:
     if wrong := [name for name in named if name not in HEADS]:
         raise UserError(f"--heads: {wrong[0]!r}; expected {' or '.join(HEADS)} (the teacher comes by --with-teacher)")
     return tuple(name for name in HEADS if name in named)
+
+
+def _check_alone(parsed: argparse.Namespace) -> None:
+    given = {name: getattr(parsed, name) for name in ("heads", "table_dtype", "index", "with_teacher")}
+    if wrong := [name for name, value in given.items() if value]:
+        raise UserError(f"--{wrong[0].replace('_', '-')}: not with --items, which keeps the graphs of the export")
 
 
 def _check_packages() -> None:

@@ -18,6 +18,7 @@ from joint.data.dataset import Dataset
 from joint.errors import CheckpointError, UserError
 from joint.experiment import HEADS
 from joint.exporting import manifest
+from joint.exporting.card import FILE as CARD
 from joint.exporting.card import card
 from joint.exporting.golden import write_golden
 from joint.exporting.graphs import as_inputs, reads_of
@@ -143,7 +144,7 @@ def write_version(source: Source, folder: Path, number: int) -> None:
     }
     said["metrics"] = manifest.metrics(source.run) | ({} if users is None else {"export/user_spread": spread(users)})
     said["selfcheck"] = write_golden(source, folder, said, ids, words)
-    write_whole(folder / "README.md", card(said))
+    write_whole(folder / CARD, card(said))
     write_manifest(folder, said)
 
 

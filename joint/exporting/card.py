@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+FILE = "README.md"
 TOLD = ("recall@", "auc", "reverse_rate", "nktd@", "true_reward@")  # metrics that the card shows
 
 

@@ -15,14 +15,17 @@ import pyarrow.parquet as pq
 from joint.data.ragged import Ragged, concatenate
 from joint.data.requests import Column
 from joint.errors import DataError, first_line
+from joint.exporting.card import FILE as CARD
+from joint.exporting.card import card
 from joint.exporting.index import write_index
 from joint.exporting.items import items_table, write_items
 from joint.exporting.versions import new_version, write_manifest
+from joint.files import write_whole
 from joint.schema import NEVER, Feature, day_number, first_day_column
 from joint.serving.check import check
 from joint.serving.inputs import Arrays, item_inputs
 from joint.serving.items import FILE
-from joint.serving.manifest import NAME, version_folder
+from joint.serving.manifest import Manifest, inside
 from joint.serving.recommender import Recommender
 
 
@@ -64,8 +67,7 @@ def add_items(export: Path, path: Path, out: Path) -> Added:
         {name: np.concatenate([rows, _flat(new.vectors[name])]) for name, rows in old.vectors.items()},
     )
     with new_version(out) as (folder, number):
-        left = shutil.ignore_patterns(NAME, "index")
-        shutil.copytree(version_folder(export), folder, dirs_exist_ok=True, ignore=left)
+        _copy_unchanged(recommender.manifest, folder)
         write_items(
             folder / FILE,
             items_table(whole.ids, whole.first_day, whole.catalogue, sorted(whole.catalogue), whole.vectors),
@@ -73,11 +75,20 @@ def add_items(export: Path, path: Path, out: Path) -> Added:
         )
         said["model"] |= {"version": number, "items_added_to": said["model"]["version"]}
         said["items"] |= {"count": len(whole.ids), "index": _indices(folder, whole, recommender.manifest.model_hash)}
+        write_whole(folder / CARD, card(said))
         write_manifest(folder, {name: part for name, part in said.items() if name != "files"})
         check(folder)
     key = new.catalogue.get(said["items"]["key"])
     unknown = int(np.count_nonzero(_outside(key, recommender))) if isinstance(key, np.ndarray) else 0
     return Added(out / str(number), len(new.ids), unknown)
+
+
+def _copy_unchanged(manifest: Manifest, folder: Path) -> None:
+    """Copy what new items leave as it is; of strays in the old folder nothing."""
+    for name in manifest.json["files"]:
+        if name not in (FILE, CARD) and not name.startswith("index/"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(inside(manifest.folder, name), folder / name)
 
 
 def _read(path: Path, recommender: Recommender) -> NewItems:
@@ -90,10 +101,17 @@ def _read(path: Path, recommender: Recommender) -> NewItems:
     key = said["key"] or "item_id"
     if missing := [name for name in dict.fromkeys([key, *features]) if name not in table.column_names]:
         raise DataError(f"{path}: no column {missing[0]}; expected {', '.join(dict.fromkeys([key, *features]))}")
+    pools = [first_day_column(pool) for pool in recommender.items.first_day]
+    if strange := [name for name in table.column_names if name.startswith("first_day") and name not in pools]:
+        raise DataError(f"{path}: column {strange[0]}: of no pool; expected {', '.join(pools)}")
+    if not len(table):
+        raise DataError(f"{path}: no rows; expected an item a row")
     names = table.column(key).to_pylist()
-    there = recommender.items.words.places(names, key) >= 0
-    if there.any() or len(set(names)) < len(names) or None in names:
-        raise DataError(f"{path}: column {key}: expected new items, each once; found {names[int(there.argmax())]!r}")
+    again = recommender.items.words.places(names, key) >= 0
+    first = {name: row for row, name in reversed([*enumerate(names)])}
+    again |= [name is None or first[name] < row for row, name in enumerate(names)]
+    if again.any():
+        raise DataError(f"{path}: column {key}: expected new items, each once; found {names[int(again.argmax())]!r}")
     values = {name: table.column(name).to_pylist() for name in features}
     catalogue = {name: recommender.read.feature(name, f, values[name]) for name, f in features.items()}
     days = {pool: _days(path, table, pool, recommender) for pool in recommender.items.first_day}
@@ -108,10 +126,14 @@ def _days(path: Path, table: pa.Table, pool: str, recommender: Recommender) -> n
     told = column in table.column_names
     known = table.column(column).to_pylist() if told else [date.today().isoformat()] * len(table)
     try:
-        days = [NEVER if day is None else day_number(str(day)) for day in known]
-    except ValueError as error:
+        days = [NEVER if day is None else day_number(_iso(day)) for day in known]
+    except (TypeError, ValueError) as error:
         raise DataError(f"{path}: column {column}: expected days as YYYY-MM-DD ({first_line(error)})") from error
     return np.maximum(days, day_number(recommender.manifest.json["selfcheck"]["day"]) + 1).astype(np.int32)
+
+
+def _iso(day: str | date) -> str:
+    return date.fromisoformat(day.isoformat() if isinstance(day, date) else day).isoformat()
 
 
 def _joined(old: Column, new: Column) -> Column:

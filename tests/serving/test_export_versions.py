@@ -20,9 +20,14 @@ def test_a_number_follows_every_number_that_is_there(tmp_path: Path) -> None:
     assert (tmp_path / "12").is_dir()
 
 
-def test_two_at_once_do_not_mix(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="1: cannot be given its name"), new_version(tmp_path / "out") as (folder, _):
+def finish_after_another(out: Path) -> None:
+    with new_version(out) as (folder, number):
         (folder / "file").touch()
-        (tmp_path / "out/1").mkdir()
-        (tmp_path / "out/1/file").touch()
+        (out / str(number)).mkdir()
+        (out / str(number) / "file").touch()
+
+
+def test_two_at_once_do_not_mix(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="1: cannot be given its name"):
+        finish_after_another(tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["1"]

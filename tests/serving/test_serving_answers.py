@@ -230,7 +230,7 @@ def test_a_wrong_field_is_named(recommender: Recommender, asked: Asked, changes:
 
 @pytest.mark.parametrize("k", ["3", 2.5, None, True, 0, -1, 100_001])
 def test_k_is_a_number_of_items(recommender: Recommender, asked: Asked, k: Any) -> None:
-    with pytest.raises(RequestError, match="^k: expected"):
+    with pytest.raises(RequestError, match=r"^k: expected"):
         recommender.recommend(asked(), k)
 
 
@@ -238,8 +238,8 @@ def test_k_is_a_number_of_items(recommender: Recommender, asked: Asked, k: Any) 
     ("quotas", "message"),
     [
         ({"retreival": 3}, "no stage 'retreival'; expected retrieval, pre_ranking, ranking"),
-        ({"retrieval": -1}, "quotas.retrieval: expected 1 to 100000, found -1"),
-        ({"ranking": 2.5}, "quotas.ranking: expected an integer"),
+        ({"retrieval": -1}, r"quotas\.retrieval: expected 1 to 100000, found -1"),
+        ({"ranking": 2.5}, r"quotas\.ranking: expected an integer"),
     ],
 )
 def test_a_wrong_quota_is_named(exported: Path, quotas: dict[str, Any], message: str) -> None:
