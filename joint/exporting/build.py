@@ -22,7 +22,7 @@ from joint.exporting.card import FILE as CARD
 from joint.exporting.card import card
 from joint.exporting.golden import write_golden
 from joint.exporting.graphs import as_inputs, reads_of
-from joint.exporting.index import QUERIES, Kind, spread, write_index
+from joint.exporting.index import QUERIES, Kind, spaced, spread, write_index
 from joint.exporting.items import item_key, item_vectors, item_words, items_table, write_items
 from joint.exporting.stages import item_reads, pre_ranking_shapes, read_trained, user_reads, write_stages
 from joint.exporting.tables import Precision
@@ -192,13 +192,17 @@ def _item_features(source: Source) -> list[str]:
 
 def _users(source: Source, graph: Path) -> np.ndarray:
     """`u [R, T, D]` of some real requests, which an approximate index is measured on."""
-    parts = next(iter(source.dataset.parts([source.plan.config.evaluation.test]).values()))
-    requests = source.dataset.read(parts[0])
-    requests = requests.take(np.linspace(0, len(requests) - 1, min(QUERIES, len(requests))).astype(np.int64))
+    days = source.dataset.parts([source.plan.config.evaluation.test])
+    parts = [part for day in days.values() for part in day if part.rows]
+    parts = [parts[at] for at in spaced(len(parts), QUERIES)]
     session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
-    inputs = request_inputs(as_inputs(source.reads[0]), source.dataset.catalogue, requests)
-    found: np.ndarray = session.run(["u"], inputs)[0]
-    return found
+    found: list[np.ndarray] = []
+    for part in parts:
+        requests = source.dataset.read(part)
+        requests = requests.take(spaced(len(requests), -(-QUERIES // len(parts))))
+        inputs = request_inputs(as_inputs(source.reads[0]), source.dataset.catalogue, requests)
+        found.append(session.run(["u"], inputs)[0])
+    return np.concatenate(found)
 
 
 def _indices(
@@ -206,9 +210,11 @@ def _indices(
 ) -> dict[str, dict[str, Any]]:
     head = source.plan.config.heads.retrieval
     assert head is not None
-    weights = np.array(fusion_weights(head, list(source.plan.config.tasks)))
+    groups = ["", *head.fusion_by_group]
+    weights = np.array([fusion_weights(head, list(source.plan.config.tasks), group) for group in groups])
     members = {pool: days < NEVER for pool, days in source.dataset.first_day.items()}
     gated: dict[str, Any] = {"kind": source.choices.index, "users": users, "weights": weights}
+    gated["deep"] = source.plan.config.evaluation.quotas.get("retrieval", manifest.QUOTAS["retrieval"])
     return {
         pool: write_index(folder, pool, vectors[member], model_hash, **gated)
         for pool, member in members.items()

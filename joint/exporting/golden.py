@@ -107,7 +107,9 @@ def write_golden(
 ) -> dict[str, Any]:
     """Write golden requests and answers; returns what the manifest says of them."""
     requests = synthetic_requests(source.plan, source.dataset)
-    with open_model(source.run.path, []) as opened:
+    # The scores of a reference are of no use here.
+    overrides = ["evaluation.reference=null"] if source.plan.config.evaluation.reference else []
+    with open_model(source.run.path, overrides) as opened:
         quotas = {head: max(K, quota) for head, quota in said["quotas"].items()}
         answers = training_answers(opened.evaluator, requests, source.heads, quotas)
     for place in range(len(requests)):

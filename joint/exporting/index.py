@@ -14,7 +14,6 @@ import numpy as np
 Kind = Literal["flat", "ivf", "hnsw"]
 GATE = 0.95  # least recall against the exact index, for every mixture of the tasks
 QUERIES = 256  # users that it is measured on, at least where there are so many
-DEEP = 100  # how many of an exact search's best have to be found
 SPREAD = 1e-3  # users' least deviation from one another, as a part of their vectors' length
 
 
@@ -30,11 +29,17 @@ class Gate:
 
 
 def mixtures(users: np.ndarray, weights: np.ndarray) -> list[np.ndarray]:
-    """Fused user vectors `[R, D]` of `[R, T, D]`: with the config's weights, each task alone, and in between."""
+    """Fused user vectors `[R, D]` of `[R, T, D]`: with each of the config's weights `[W, T]`, each task alone, and in
+    between."""
     tasks = users.shape[1]
     rest = (1 - np.eye(tasks)) / max(1, tasks - 1)
     grid = [w * np.eye(tasks)[t] + (1 - w) * rest[t] for t in range(tasks) for w in (0.3, 0.7, 1.0)]
-    return [np.einsum("t,rtd->rd", mix, users).astype(np.float32) for mix in (weights, *grid)]
+    return [np.einsum("t,rtd->rd", mix, users).astype(np.float32) for mix in (*weights, *grid)]
+
+
+def spaced(count: int, most: int) -> np.ndarray:
+    """At most so many of `count` places, evenly, int64."""
+    return np.linspace(0, count - 1, min(most, count)).astype(np.int64)
 
 
 def spread(users: np.ndarray) -> float:
@@ -63,13 +68,13 @@ def build(kind: Kind, vectors: np.ndarray) -> Any:
     return index
 
 
-def gate(kind: Kind, index: Any, exact: Any, users: np.ndarray, weights: np.ndarray) -> Gate:
-    """Whether an approximate index finds what the exact one does, for users `[R, T, D]` under mixtures of the tasks."""
+def gate(kind: Kind, index: Any, exact: Any, users: np.ndarray, weights: np.ndarray, deep: int) -> Gate:
+    """Whether an approximate index finds the `deep` best of the exact one, for users `[R, T, D]` and every mixture."""
     if len(users) == 0 or spread(users) < SPREAD:
         return Gate(
             kind, float("nan"), len(users), False, "the user vectors are all alike, so recall would say nothing"
         )
-    deep = min(DEEP, exact.ntotal)
+    deep = min(deep, exact.ntotal)
     recalls = []
     for queries in mixtures(users, weights):
         _, wanted = exact.search(queries, deep)
@@ -88,17 +93,18 @@ def write_index(
     kind: Kind = "flat",
     users: np.ndarray | None = None,
     weights: np.ndarray | None = None,
+    deep: int = 0,
 ) -> dict[str, Any]:
     """Write the index of a pool and what is known of it; returns its entry in the manifest.
 
-    An approximate kind is measured on `users [R, T, D]` under the config's `weights [T]` of the tasks and others; where
-    it does not pass the gate it gives way to the exact one, and the entry says so.
+    An approximate kind is measured on `users [R, T, D]` under the config's `weights [W, T]` of the tasks and others, as
+    `deep` as retrieval's quota; where it does not pass the gate it gives way to the exact one, and the entry says so.
     """
     exact = build("flat", vectors)
     chosen, index, said = "flat", exact, None
     if kind != "flat" and users is not None and weights is not None:
         tried = build(kind, vectors)
-        said = gate(kind, tried, exact, users, weights)
+        said = gate(kind, tried, exact, users, weights, deep)
         if said.passed:
             chosen, index = kind, tried
     stem = f"index/pool.{pool}" if pool else "index/all"  # a pool may be called `all`

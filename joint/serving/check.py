@@ -14,7 +14,7 @@ import numpy as np
 
 from joint.serving.errors import CheckError
 from joint.serving.inputs import request_inputs
-from joint.serving.manifest import inside
+from joint.serving.manifest import inside, reading
 from joint.serving.recommender import Recommender
 from joint.serving.requests import Request
 
@@ -30,8 +30,10 @@ def check(folder: str | Path, *, verify: bool = True) -> Differences:
     """
     recommender = Recommender(folder, verify=verify)
     said = recommender.manifest.json["selfcheck"]
-    requests = json.loads(inside(recommender.manifest.folder, said["requests"]).read_text())
-    with np.load(inside(recommender.manifest.folder, said["file"]), allow_pickle=False) as file:
+    asked, answered = (inside(recommender.manifest.folder, said[name]) for name in ("requests", "file"))
+    with reading(asked):
+        requests = json.loads(asked.read_text())
+    with reading(answered), np.load(answered, allow_pickle=False) as file:
         golden = dict(file)
     found = _vectors(recommender, requests, golden)
     overlaps = [1.0]

@@ -11,7 +11,7 @@ import numpy as np
 
 from joint.serving.errors import ExportError
 from joint.serving.items import Items
-from joint.serving.manifest import Manifest, inside
+from joint.serving.manifest import Manifest, inside, reading
 
 # Without it a plain matrix product does, up to some hundred thousand items.
 faiss: Any = import_module("faiss") if find_spec("faiss") else None
@@ -29,18 +29,22 @@ class Index:
         if pool not in known:
             raise ExportError(f"{manifest.folder}: no index for pool {pool!r}; found: {', '.join(map(repr, known))}")
         path = inside(manifest.folder, known[pool]["file"])
-        said: dict[str, Any] = json.loads(inside(manifest.folder, known[pool]["sidecar"]).read_text())
-        manifest.check_model(said["model_hash"], path)
+        sidecar = inside(manifest.folder, known[pool]["sidecar"])
+        with reading(sidecar):
+            said: dict[str, Any] = json.loads(sidecar.read_text())
+            made_by, kind = said["model_hash"], said["kind"]
+        manifest.check_model(made_by, path)
         self.rows = items.of_pool(pool)
         self.joins = np.sort(items.first_day[pool][self.rows])  # the days on which its items join, ascending
         self.index = None
         if faiss is None:
             self.vectors = items.vectors["v"][self.rows]
             return
-        index = faiss.read_index(str(path))
+        with reading(path):
+            index = faiss.read_index(str(path))
         if index.ntotal != len(self.rows) or index.d != items.vectors["v"].shape[1]:
             raise ExportError(f"{path}: holds {index.ntotal} vectors of width {index.d}; mixed versions?")
-        if said["kind"] == "flat":  # for one query numpy's product and partition of the same vectors are faster
+        if kind == "flat":  # for one query numpy's product and partition of the same vectors are faster
             self.vectors = index.reconstruct_n(0, index.ntotal)
         else:
             self.index = index

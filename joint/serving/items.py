@@ -10,8 +10,7 @@ import pyarrow.parquet as pq
 
 from joint.data.requests import Column, from_arrow
 from joint.schema import NEVER, first_day_column
-from joint.serving.errors import ExportError
-from joint.serving.manifest import Manifest, inside
+from joint.serving.manifest import Manifest, inside, reading
 from joint.serving.words import Words
 
 FILE = "items.parquet"
@@ -29,10 +28,8 @@ class Items:
     def __init__(self, manifest: Manifest) -> None:
         said = manifest.json["items"]
         path = inside(manifest.folder, said["file"])
-        try:
+        with reading(path):
             table = pq.ParquetFile(path).read()
-        except (pa.ArrowException, OSError) as error:
-            raise ExportError(f"{path}: cannot be read ({error})") from error
         manifest.check_model((table.schema.metadata or {}).get(b"model_hash", b"").decode(), path)
         self.ids = table.column("item_id").combine_chunks()
         self.words = Words(self.ids)

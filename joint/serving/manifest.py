@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 from joint.data.cross import Cross
+from joint.errors import first_line
 from joint.keys import Key, Reads
 from joint.schema import Feature, History
 from joint.serving.errors import ExportError
@@ -26,11 +29,22 @@ GRAPHS = {
 REQUEST_GRAPHS = ("user_tower", "ranking")  # whose inputs come with a request
 
 
+PARTS = {  # of a manifest, and what each has to name
+    "model": {"name", "version", "model_hash"},
+    "items": {"file", "count", "key", "features", "index"},
+    "eligibility": {"pool", "not_eligible"},
+    "selfcheck": {"file", "requests", "answers", "day", "k", "tolerance", "overlap"},
+    "dims": {"v", "pu", "pi"},
+    **{name: set() for name in ("features", "histories", "crosses", "stages", "fusion", "quotas", "vocabularies")},
+    **{name: set() for name in ("heads", "tasks", "quantization", "metrics", "files")},
+}
+
+
 class Manifest:
     """The manifest of one version, in words of the schema.
 
     Raises:
-        ExportError: it is not there, or of another format.
+        ExportError: it is not there, of another format, or lacks a part.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,6 +57,11 @@ class Manifest:
             raise ExportError(f"{path}: no manifest of an export ({error!r})") from error
         if found != (FORMAT, FORMAT_VERSION):
             raise ExportError(f"{path}: format {found[0]} {found[1]}; this program reads {FORMAT} {FORMAT_VERSION}")
+        for part, names in PARTS.items():
+            said = self.json.get(part)
+            if not isinstance(said, dict | list) or not all(name in said for name in names):
+                expected = f" with {', '.join(sorted(names))}" if names else ""
+                raise ExportError(f"{path}: {part}: missing or incomplete; expected {part}{expected}")
 
     @property
     def model_hash(self) -> str:
@@ -108,6 +127,15 @@ def _key(said: Mapping[str, Any]) -> Key:
         name=said["feature"], level=said["level"], kind=said["values"], space=said["space"], size=said["size"]
     )
     return Key(said["side"], feature, said["history"], hashed=said.get("hashed", 0))
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """ExportError where a file that is read here is not whole."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, RuntimeError, EOFError, BadZipFile) as error:
+        raise ExportError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from difflib import get_close_matches
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,7 +16,7 @@ from joint.data.requests import Column, Requests
 from joint.schema import Feature, History, day_number
 from joint.serving.errors import RequestError
 from joint.serving.items import Items
-from joint.serving.manifest import Manifest, inside
+from joint.serving.manifest import Manifest, inside, reading
 from joint.serving.words import NOTHING, Words, integer
 
 OPTIONAL = ("day", "group")  # a day decides which items are there yet, a group which weights the tasks have
@@ -45,7 +46,7 @@ class RequestReader:
             if said["level"] == "event"
         }
         self.words = {
-            space: Words(pq.ParquetFile(inside(manifest.folder, said["file"])).read().column("value").combine_chunks())
+            space: _words(inside(manifest.folder, said["file"]))
             for space, said in manifest.json["vocabularies"].items()
         }
         read = [name for name in self.events if name.partition(".")[0] in self.histories]
@@ -139,6 +140,11 @@ class RequestReader:
             raise RequestError(f"{field}: {long[0]} competitors of an event; expected at most {each}")
         flat = [word for event in others for word in (*event, *[None] * (each - len(event)))]
         return self.items.words.places(flat, field).reshape(-1, each)
+
+
+def _words(path: Path) -> Words:
+    with reading(path):
+        return Words(pq.ParquetFile(path).read().column("value").combine_chunks())
 
 
 def _feature(said: Mapping[str, object]) -> Feature:

@@ -14,7 +14,7 @@ class Words:
     """Looks up words: integers, or strings and the like."""
 
     def __init__(self, words: pa.Array) -> None:
-        self.integers = pa.types.is_integer(words.type)
+        self.integers = pa.types.is_integer(words.type) and not pa.types.is_uint64(words.type)  # int64 holds not all
         if self.integers:
             values = words.to_numpy(zero_copy_only=False).astype(np.int64)
             self._order = np.argsort(values, kind="stable")

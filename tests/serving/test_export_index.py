@@ -22,12 +22,12 @@ def clustered(count: int, *, seed: int, skew: float = 0.0) -> np.ndarray:
 
 
 USERS = clustered(2 * 64, seed=1).reshape(64, 2, 16)
-WEIGHTS = np.array([0.7, 0.3])
+WEIGHTS = np.array([[0.7, 0.3]])
 
 
 def test_of_vectors_of_very_different_lengths_hnsw_misses_and_is_refused() -> None:
     vectors = clustered(4000, seed=2, skew=1.5)
-    found = gate("hnsw", build("hnsw", vectors), build("flat", vectors), USERS, WEIGHTS)
+    found = gate("hnsw", build("hnsw", vectors), build("flat", vectors), USERS, WEIGHTS, 100)
     assert not found.passed
     assert found.recall < 0.95
 
@@ -35,25 +35,37 @@ def test_of_vectors_of_very_different_lengths_hnsw_misses_and_is_refused() -> No
 def test_a_good_index_passes() -> None:
     vectors = clustered(4000, seed=2)
     exact = build("flat", vectors)
-    found = gate("ivf", build("ivf", vectors), exact, USERS, WEIGHTS)
-    assert found.passed == (found.recall >= 0.95)
-    assert gate("ivf", exact, exact, USERS, WEIGHTS).recall == 1.0
-    all_lists = build("ivf", vectors)
-    all_lists.nprobe = all_lists.nlist
-    assert gate("ivf", all_lists, exact, USERS, WEIGHTS).passed
+    assert gate("ivf", exact, exact, USERS, WEIGHTS, 100).recall == 1.0
+    lists = build("ivf", vectors)
+    lists.nprobe = lists.nlist
+    assert gate("ivf", lists, exact, USERS, WEIGHTS, 100).passed
+
+
+def test_recall_is_of_as_many_as_are_served() -> None:
+    """One list of the nearest vectors holds the ten best, but not the 2,000 best."""
+    vectors = clustered(4000, seed=2)
+    exact, lists = build("flat", vectors), build("ivf", vectors)
+    lists.nprobe = 20
+    shallow, deep = (gate("ivf", lists, exact, USERS, WEIGHTS, count) for count in (10, 2000))
+    assert shallow.recall > deep.recall
+    assert not deep.passed
+
+
+def test_every_group_s_weights_are_measured() -> None:
+    assert len(mixtures(USERS, np.array([[0.7, 0.3], [-1.0, 2.0]]))) == len(mixtures(USERS, WEIGHTS)) + 1
 
 
 def test_users_that_are_all_alike_prove_nothing() -> None:
     vectors = clustered(500, seed=2)
     exact, alike = build("flat", vectors), np.repeat(USERS[:1], 64, axis=0)
     assert spread(alike) < 1e-6 < spread(USERS)
-    assert not gate("ivf", exact, exact, alike, WEIGHTS).passed
-    assert "all alike" in gate("ivf", exact, exact, alike, WEIGHTS).reason
-    assert not gate("ivf", exact, exact, USERS[:0], WEIGHTS).passed
+    assert not gate("ivf", exact, exact, alike, WEIGHTS, 100).passed
+    assert "all alike" in gate("ivf", exact, exact, alike, WEIGHTS, 100).reason
+    assert not gate("ivf", exact, exact, USERS[:0], WEIGHTS, 100).passed
 
 
 def test_mixtures_by_hand() -> None:
-    mixed = mixtures(np.array([[[1.0], [10.0]]]), np.array([0.5, 2.0]))
+    mixed = mixtures(np.array([[[1.0], [10.0]]]), np.array([[0.5, 2.0]]))
     assert np.concatenate(mixed)[:, 0] == pytest.approx([20.5, 7.3, 3.7, 1.0, 3.7, 7.3, 10.0])
 
 
@@ -67,7 +79,7 @@ def test_a_pool_called_all_has_an_index_of_its_own(tmp_path: Path) -> None:
 
 def test_what_is_refused_gives_way_to_the_exact_index(tmp_path: Path) -> None:
     vectors = clustered(4000, seed=2, skew=1.5)
-    entry = write_index(tmp_path, "", vectors, "abc", kind="hnsw", users=USERS, weights=WEIGHTS)
+    entry = write_index(tmp_path, "", vectors, "abc", kind="hnsw", users=USERS, weights=WEIGHTS, deep=100)
     assert entry["file"] == "index/all.flat.faiss"
     assert entry["kind"] == "flat"
     assert entry["gate"]["kind"] == "hnsw"

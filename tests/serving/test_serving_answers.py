@@ -299,6 +299,24 @@ def test_vectors_and_indices_of_another_model_are_refused(copied: Path, light: P
         Recommender(copied)
 
 
+@pytest.mark.parametrize("name", ["model", "vocabularies", "selfcheck"])
+def test_a_manifest_without_a_part_is_refused(copied: Path, name: str) -> None:
+    said = json.loads((copied / "manifest.json").read_text())
+    (copied / "manifest.json").write_text(json.dumps({part: value for part, value in said.items() if part != name}))
+    with pytest.raises(ExportError, match=f"{name}: missing or incomplete"):
+        Recommender(copied)
+
+
+def test_half_a_file_is_refused_though_no_hash_is_compared(copied: Path) -> None:
+    names = ["items.parquet", "index/pool.shelf.json", "index/pool.shelf.flat.faiss", "vocabularies/city.parquet"]
+    for name in [*names, "selfcheck/golden.npz", "selfcheck/request.json"]:
+        whole = (copied / name).read_bytes()
+        (copied / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ExportError, match=name):
+            check(copied, verify=False)
+        (copied / name).write_bytes(whole)
+
+
 def test_no_export_no_such_pool_and_a_way_out_are_refused(copied: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="no exported version"):
         version_folder(tmp_path / "nowhere")
@@ -370,5 +388,6 @@ def test_words_of_every_kind() -> None:
     assert Words(pa.array(["b", "a"])).places(["a", "c", None], "x").tolist() == [1, -1, -1]
     assert Words(pa.array([1.5, 2.0])).places([2, 1.5, 3.0], "x").tolist() == [1, 0, -1]
     assert Words(pa.array([], pa.int64())).places([3], "x").tolist() == [-1]
+    assert Words(pa.array([2**63 + 1, 5], pa.uint64())).places([5, 2**63 + 1, -1], "x").tolist() == [1, 0, -1]
     with pytest.raises(RequestError, match="x: expected a number, found 'a'"):
         Words(pa.array([1.5])).places(["a"], "x")
