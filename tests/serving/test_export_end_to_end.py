@@ -18,6 +18,8 @@ import pytest
 from joint.errors import UserError
 from joint.export import main as export_main
 from joint.exporting.build import Choices, export_run
+from joint.exporting.golden import as_json, training_answers
+from joint.measure import open_model
 from joint.serve import main as serve_main
 from joint.serving import Recommender
 from joint.serving.check import check
@@ -90,6 +92,30 @@ def test_eight_bits_are_checked_by_their_own_measure(light: Path) -> None:
     found = check(light)
     assert 1e-5 < found["u"] < 5e-2
     assert json.loads((light / "manifest.json").read_text())["selfcheck"]["tolerance"] == 5e-2
+
+
+def test_half_precision_is_checked_by_its_own_measure(shop_run: Path, tmp_path: Path) -> None:
+    folder, found = export_run(shop_run, tmp_path, Choices(precision="fp16"))
+    assert 0 < found["u"] < 5e-3
+    assert {part["dtype"] for part in json.loads((folder / "manifest.json").read_text())["tables"]} == {"float16"}
+
+
+def test_logged_requests_of_the_test_split_are_answered_as_in_training(exported: Path, shop_run: Path) -> None:
+    recommender = Recommender(exported)
+    said, items = recommender.manifest.json, recommender.items
+    with open_model(shop_run, []) as opened:
+        evaluator = opened.evaluator
+        dataset = evaluator.assembler.dataset
+        requests = dataset.read_split("test")
+        requests = requests.take(np.flatnonzero(requests.scalars("day") == requests.scalars("day").max()))
+        expected = training_answers(evaluator, requests, said["heads"], said["quotas"])
+    told = as_json(requests, said, dataset.schema, items.ids, dataset.vocabularies())
+    assert len(told) == 24
+    assert {request["group"] for request in told} == {0, 1}
+    for place, request in enumerate(told):
+        answer = recommender.recommend(request, 10)
+        assert answer.ids == items.names(expected[f"final.{place}"])
+        np.testing.assert_allclose(answer.scores, expected[f"scores.{place}"], rtol=1e-4, atol=1e-5)
 
 
 def test_every_file_is_in_the_manifest(exported: Path) -> None:
