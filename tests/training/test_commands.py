@@ -18,11 +18,13 @@ import pytest
 import joint
 from joint import checkpoint, commands
 from joint.commands import run_command
+from joint.config import load_config
 from joint.data.assemble import Assembler
 from joint.data.dataset import Dataset
 from joint.data.loader import Loader
 from joint.errors import UserError
 from joint.features import Plan
+from joint.summary import alignment_table
 from joint.train import main
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -57,9 +59,9 @@ def test_one_process_needs_no_torchrun_and_evaluate_repeats_its_table(tiny_file,
     written = (run / "eval.json").read_bytes()
     (run / "eval.json").unlink()
     code, out, err = finish(start("-m", "joint.evaluate", str(run)))
-    assert code == 0, err
-    assert out.startswith(f"{run}, step 8, on test:\n{table.rstrip()}")
-    assert "to the teacher" in out[len(table) :]  # below it
+    aligned = alignment_table(load_config(run / "config.yaml")[0], json.loads(written))
+    assert aligned
+    assert (code, out) == (0, f"{run}, step 8, on test:\n{table}\n{aligned}\n"), err
     assert (run / "eval.json").read_bytes() == written
 
 

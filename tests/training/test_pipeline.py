@@ -51,7 +51,7 @@ def steps(configure, group, assemble):
             if step == evaluated:
                 pipeline.detach()
                 found = evaluator_of(model, assembler, group).full("valid").numbers
-                losses.append({name: value for name, value in found.items() if not math.isnan(value)})
+                losses.append({name: None if math.isnan(value) else value for name, value in found.items()})
                 pipeline.attach()
                 model.train()
         if build is sparse_dist:
