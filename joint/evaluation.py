@@ -22,7 +22,7 @@ from joint.data.assemble import Assembler, logged, positives
 from joint.data.order import Position
 from joint.data.planted.truth import LIST, open_truth
 from joint.data.pool import NO_POOL, PoolItems
-from joint.data.ragged import Ragged, draw, offsets_of
+from joint.data.ragged import Ragged, draw
 from joint.data.requests import Requests
 from joint.data.sampling import Candidates, unlabelled
 from joint.distributed import gather_objects, rank, world_size
@@ -273,7 +273,7 @@ class Evaluator:
         requests, candidates = chunk.requests, chunk.candidates
         places = with_places(self.config, scores, self._pools(requests))
         kept = best_columns(places, min(quota, scores.shape[1])).cpu().numpy() & free
-        items = Ragged(self.eligibility.corpus[np.nonzero(kept)[1]], offsets_of(kept.sum(axis=1)))
+        items = self.eligibility.marked(kept)
         retrieved = unlabelled(items, self.assembler.dataset.schema.labels)
         batch, outputs = self.run(requests, retrieved, self.heads)
         found = self._scores(batch, outputs)

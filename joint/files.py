@@ -1,8 +1,9 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and what tells them apart."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from pathlib import Path
 
 
@@ -15,3 +16,9 @@ def write_whole(path: Path, text: str) -> None:
     finally:
         with contextlib.suppress(OSError):  # it is there after a failure alone
             unfinished.unlink()
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

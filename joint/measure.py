@@ -34,11 +34,14 @@ class Opened(NamedTuple):
 
 
 @contextmanager
-def open_model(path: Path, overrides: Sequence[str], other: Dataset | None = None) -> Iterator[Opened]:
+def open_model(
+    path: Path, overrides: Sequence[str], other: Dataset | None = None, *, reference: bool = True
+) -> Iterator[Opened]:
     """A run's newest checkpoint.
 
     Args:
         other: a dataset to measure it on; None: its own.
+        reference: open the run that `evaluation.reference` names too; not where only the model's own word is wanted.
 
     Raises:
         ConfigError: an override is of something that training depends on.
@@ -57,7 +60,7 @@ def open_model(path: Path, overrides: Sequence[str], other: Dataset | None = Non
         if not progress.step:
             raise CheckpointError(f"{run.checkpoints}: no complete checkpoint in it; train the run first")
         evaluator = evaluator_of(model, Assembler(plan, other or dataset), device)
-        evaluator.reference = reference_of(config, dataset, device)
+        evaluator.reference = reference_of(config, dataset, device) if reference else None
         yield Opened(run, evaluator, model.module.dense.model, progress.step)
 
 

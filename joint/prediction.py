@@ -71,11 +71,10 @@ def predict(path: Path, data: Path, out: Path, *, splits: Sequence[str], heads: 
 def _opened(path: Path, data: Path) -> Iterator[Opened]:
     """The run, on this dataset: its own, wherever it lies now, or another one."""
     run, dataset = RunDirectory(path), Dataset(data)
-    config, _ = run.load_config()
-    # The scores of a reference are of no use here.
-    overrides = ["evaluation.reference=null"] if config.evaluation.reference else []
+    run.load_config()  # what is no run at all is said to be none
     own = run.read_environment()["dataset"] == dataset.schema.hash
-    with open_model(path, [*overrides, *([f"data.path={data}"] if own else [])], None if own else dataset) as opened:
+    overrides, other = ([f"data.path={data}"], None) if own else ([], dataset)
+    with open_model(path, overrides, other, reference=False) as opened:
         if not own:
             _check_alike(opened.evaluator.assembler.plan.schema, dataset)
         yield opened
@@ -127,7 +126,7 @@ def _description(
         "hash": hashlib.sha256("".join(hashes).encode()).hexdigest()[:16],
         "run": str(opened.run.path),
         "step": opened.step,
-        "config": hashlib.sha256(opened.run.config.read_bytes()).hexdigest()[:16],
+        "config": file_hash(opened.run.config),
         "path": str(data),
         "dataset": opened.evaluator.assembler.dataset.schema.hash,
         "splits": splits,

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from joint.data.assemble import logged
-from joint.data.dataset import Dataset
-from joint.data.ragged import Ragged, offsets_of
+from joint.data.ragged import Ragged
 from joint.data.requests import Column, Requests, concatenate_requests, to_arrow
+from joint.data.words import item_key, item_words, words_of
 from joint.distributed import gather_objects, rank, world_size
 from joint.errors import CheckpointError
 from joint.evaluation import Chunk, Evaluator
@@ -46,8 +45,9 @@ class Predictor:
         self.columns = [f"{head}.{task}" for head in heads for task in evaluator.tasks]
         wanted = {"retrieval": {"retrieval"}, "funnel": set(self.quotas)}
         self.lists = [name for name, of in wanted.items() if k and of and of <= set(heads)]
-        self.id_feature, self.ids = item_ids(self.dataset)
-        self.users = _words(self.dataset, "user_id")
+        vocabularies = self.dataset.vocabularies()
+        self.id_feature, self.ids = item_key(self.dataset), item_words(self.dataset, vocabularies)
+        self.users = vocabularies.get("user_id")
         self.unknown = 0  # ids so far that the model's tables do not have
         self._corpus: Tensor | None = None
 
@@ -103,8 +103,7 @@ class Predictor:
         found = []
         if "retrieval" in self.lists:
             kept = best_columns(scores, min(self.k, scores.shape[1])).cpu().numpy() & free
-            items = Ragged(eligibility.corpus[np.nonzero(kept)[1]], offsets_of(kept.sum(axis=1)))
-            found.append(best(items, scores.cpu()[torch.from_numpy(kept)], self.k))
+            found.append(best(eligibility.marked(kept), scores.cpu()[torch.from_numpy(kept)], self.k))
         if "funnel" in self.lists:
             found.append(self._served(chunk, scores, free))
         return found
@@ -125,7 +124,7 @@ class Predictor:
         return pa.table(
             {
                 "request_id": table["request_id"],
-                "user_id": users if self.users is None else _of_ids(self.users, users.to_numpy()),
+                "user_id": users if self.users is None else words_of(self.users, users.to_numpy()),
                 "head": pa.array(self.lists).take(table["head"]),
                 "items": items,
                 "ids": ids,
@@ -142,30 +141,6 @@ def best(items: Ragged, scores: Tensor, k: int) -> tuple[Ragged, np.ndarray]:
     first = positions(offsets) < k
     chosen = items.with_values(items.values[order.numpy()]).keep(first.numpy())
     return chosen, scores[order][first].numpy()
-
-
-def item_ids(dataset: Dataset) -> tuple[str, pa.Array]:
-    """The feature that tells all items apart, and its value for each: the log's own where the dataset kept its words.
-
-    Without such a feature the name is '' and the ids are item indices.
-    """
-    for feature in dataset.schema.features:
-        column = dataset.catalogue[feature.name] if (feature.level, feature.kind) == ("item", "id") else None
-        if isinstance(column, np.ndarray) and len(np.unique(column)) == len(column):
-            words = _words(dataset, feature.space)
-            return feature.name, pa.array(column) if words is None else _of_ids(words, column)
-    return "", pa.array(np.arange(dataset.schema.items))
-
-
-def _words(dataset: Dataset, space: str) -> pa.Array | None:
-    """The words of an id space, that of id i + 1 at i; None where the dataset has ids only."""
-    path = dataset.directory / "vocabularies" / f"{space}.parquet"
-    return pq.read_table(path)["value"].combine_chunks() if path.is_file() else None
-
-
-def _of_ids(words: pa.Array, ids: np.ndarray) -> pa.Array:
-    """The words of ids; null for 0, the unknown."""
-    return words.take(pa.array(ids.astype(np.int64) - 1, mask=ids == 0))
 
 
 def _in_order(requests: Requests) -> pa.Table:

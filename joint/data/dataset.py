@@ -17,6 +17,7 @@ from joint.data.predictions import Predictions, scored
 from joint.data.ragged import Ragged
 from joint.data.requests import Column, Requests, concatenate_requests, from_arrow, to_arrow
 from joint.errors import DataError, first_line
+from joint.files import sha256
 from joint.schema import SPLITS, Part, Schema, day_number, first_day_column, read_schema
 
 REQUEST_COLUMNS = ("request_id", "timestamp", "group")
@@ -311,8 +312,7 @@ def write_part(folder: Path, requests: Requests, *, day: str, split: str, number
 
 def file_hash(path: Path) -> str:
     """The start of a file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return sha256(path)[:16]
 
 
 def _digest(*things: object) -> str:

@@ -76,8 +76,11 @@ class Eligibility:
 
     def eligible(self, requests: Requests) -> Ragged:
         """The eligible items of each request, ascending."""
-        free = self.mask(requests)
-        return Ragged(self.corpus[np.nonzero(free)[1]], offsets_of(free.sum(axis=1)))
+        return self.marked(self.mask(requests))
+
+    def marked(self, mask: np.ndarray) -> Ragged:
+        """The items of the corpus that a mask `[R, C]` marks for each request, ascending."""
+        return Ragged(self.corpus[np.nonzero(mask)[1]], offsets_of(mask.sum(axis=1)))
 
     def available(self, day: int) -> int:
         """How many items have joined the pool by a day."""

@@ -15,6 +15,7 @@ import torch
 
 from joint.checkpoint import steps
 from joint.data.dataset import Dataset
+from joint.data.words import item_key, item_words
 from joint.errors import CheckpointError, UserError
 from joint.experiment import HEADS
 from joint.exporting import manifest
@@ -22,8 +23,8 @@ from joint.exporting.card import FILE as CARD
 from joint.exporting.card import card
 from joint.exporting.golden import write_golden
 from joint.exporting.graphs import as_inputs, reads_of
-from joint.exporting.index import QUERIES, Kind, spaced, spread, write_index
-from joint.exporting.items import item_key, item_vectors, item_words, items_table, write_items
+from joint.exporting.index import QUERIES, Kind, spaced, spread, write_indices
+from joint.exporting.items import item_vectors, items_table, write_items
 from joint.exporting.stages import item_reads, pre_ranking_shapes, read_trained, user_reads, write_stages
 from joint.exporting.tables import Precision
 from joint.exporting.versions import new_version, write_manifest
@@ -32,7 +33,6 @@ from joint.files import write_whole
 from joint.fusion import fusion_weights
 from joint.keys import Key, Reads
 from joint.run import RunDirectory
-from joint.schema import NEVER
 from joint.serving.check import Differences, check
 from joint.serving.inputs import request_inputs
 from joint.serving.items import FILE as ITEMS
@@ -151,9 +151,6 @@ def write_version(source: Source, folder: Path, number: int) -> None:
 def _said(source: Source, number: int, model_hash: str) -> dict[str, Any]:
     """What the manifest says that no file has to be written for."""
     plan, config = source.plan, source.plan.config
-    lengths: dict[str, int] = {}
-    for reads in source.reads:
-        lengths |= {name: max(length, lengths.get(name, 0)) for name, length in reads.lengths.items()}
     retrieval, pre_ranking = config.heads.retrieval, config.heads.pre_ranking
     return {
         "model": manifest.model(plan, source.run, source.checkpoint, number, model_hash),
@@ -165,7 +162,7 @@ def _said(source: Source, number: int, model_hash: str) -> dict[str, Any]:
             "pu": pre_ranking_shapes(plan)[0] if pre_ranking else None,
             "pi": pre_ranking_shapes(plan)[1] if pre_ranking else None,
         },
-        "features": manifest.features(plan, source.keys, lengths),
+        "features": manifest.features(plan, source.keys, manifest.longest(source.reads)),
         "histories": manifest.histories(plan, source.reads, config.data.not_eligible),
         "crosses": manifest.crosses(source.reads[-1]),
         "eligibility": {"pool": config.data.pool, "not_eligible": list(config.data.not_eligible)},
@@ -212,11 +209,6 @@ def _indices(
     assert head is not None
     groups = ["", *head.fusion_by_group]
     weights = np.array([fusion_weights(head, list(source.plan.config.tasks), group) for group in groups])
-    members = {pool: days < NEVER for pool, days in source.dataset.first_day.items()}
     gated: dict[str, Any] = {"kind": source.choices.index, "users": users, "weights": weights}
     gated["deep"] = source.plan.config.evaluation.quotas.get("retrieval", manifest.QUOTAS["retrieval"])
-    return {
-        pool: write_index(folder, pool, vectors[member], model_hash, **gated)
-        for pool, member in members.items()
-        if member.any()
-    }
+    return write_indices(folder, vectors, source.dataset.first_day, model_hash, **gated)

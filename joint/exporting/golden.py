@@ -24,10 +24,10 @@ from joint.evaluation import Evaluator
 from joint.exporting.tables import Precision
 from joint.features import Plan
 from joint.files import write_whole
-from joint.funnel_metrics import top_k
 from joint.fusion import fuse
 from joint.measure import open_model
 from joint.outputs import Outputs
+from joint.ranks import top_k
 from joint.schema import Feature, Schema, day_name, day_number
 
 if TYPE_CHECKING:
@@ -107,9 +107,7 @@ def write_golden(
 ) -> dict[str, Any]:
     """Write golden requests and answers; returns what the manifest says of them."""
     requests = synthetic_requests(source.plan, source.dataset)
-    # The scores of a reference are of no use here.
-    overrides = ["evaluation.reference=null"] if source.plan.config.evaluation.reference else []
-    with open_model(source.run.path, overrides) as opened:
+    with open_model(source.run.path, [], reference=False) as opened:
         quotas = {head: max(K, quota) for head, quota in said["quotas"].items()}
         answers = training_answers(opened.evaluator, requests, source.heads, quotas)
     for place in range(len(requests)):

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import faiss
 import numpy as np
 
+from joint.schema import NEVER
+
 Kind = Literal["flat", "ivf", "hnsw"]
 GATE = 0.95  # least recall against the exact index, for every mixture of the tasks
 QUERIES = 256  # users that it is measured on, at least where there are so many
@@ -82,6 +84,21 @@ def gate(kind: Kind, index: Any, exact: Any, users: np.ndarray, weights: np.ndar
         hits = [len(np.intersect1d(a, b)) for a, b in zip(wanted, found, strict=True)]
         recalls.append(sum(hits) / wanted.size)
     return Gate(kind, min(recalls), len(users), min(recalls) >= GATE)
+
+
+def write_indices(
+    folder: Path, vectors: np.ndarray, first_day: Mapping[str, np.ndarray], model_hash: str, **gated: Any
+) -> dict[str, dict[str, Any]]:
+    """Write the index of every pool that any item ever joins; returns pool -> its entry in the manifest.
+
+    `vectors [C, D]` are of the whole catalogue; `gated` as in `write_index`.
+    """
+    members = {pool: days < NEVER for pool, days in first_day.items()}
+    return {
+        pool: write_index(folder, pool, vectors[member], model_hash, **gated)
+        for pool, member in members.items()
+        if member.any()
+    }
 
 
 def write_index(

@@ -10,7 +10,6 @@ import onnxruntime
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from joint.data.dataset import Dataset
 from joint.data.ragged import Ragged
 from joint.data.requests import Column, Requests, to_arrow
 from joint.keys import Reads
@@ -19,29 +18,6 @@ from joint.serving.inputs import Arrays, blocks, item_inputs
 from joint.serving.items import FEATURE
 
 BLOCK = 16_384  # items that go through the tower at a time
-
-
-def item_key(dataset: Dataset) -> str:
-    """The item feature that tells items apart, by which requests name them: the first id that no two items share.
-
-    '' where there is none: then items are named by their row.
-    """
-    for feature in dataset.schema.features:
-        column = dataset.catalogue.get(feature.name)
-        distinct = isinstance(column, np.ndarray) and len(np.unique(column)) == len(column)
-        if distinct and feature.level == "item" and feature.kind == "id":
-            return feature.name
-    return ""
-
-
-def item_words(dataset: Dataset, words: Mapping[str, pa.Array]) -> pa.Array:
-    """What requests call the items, in order: words of the vocabulary, or where there is none the ids themselves."""
-    key = item_key(dataset)
-    if not key:
-        return pa.array(np.arange(dataset.schema.items))
-    ids, space = dataset.catalogue[key], dataset.schema.feature(key).space
-    assert isinstance(ids, np.ndarray)
-    return words[space].take(pa.array(ids - 1)) if space in words else pa.array(ids.astype(np.int64))
 
 
 def item_vectors(graph: Path, reads: Reads, catalogue: Mapping[str, Column], rows: np.ndarray) -> Arrays:

@@ -76,12 +76,17 @@ def _feature(plan: Plan, key: Key, lengths: Mapping[str, int]) -> dict[str, Any]
     return said | ({"max_len": lengths[key.history], "truncate": "keep_last"} if past else {})
 
 
+def longest(reads: Sequence[Reads]) -> dict[str, int]:
+    """History -> the newest events that any of the graphs reads."""
+    found: dict[str, int] = {}
+    for one in reads:
+        found |= {name: max(length, found.get(name, 0)) for name, length in one.lengths.items()}
+    return found
+
+
 def histories(plan: Plan, reads: Sequence[Reads], not_eligible: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The histories that a request brings: those that graphs read, and those whose items are not recommended again."""
-    lengths: dict[str, int] = {}
-    for one in reads:
-        for name, length in one.lengths.items():
-            lengths[name] = max(length, lengths.get(name, 0))
+    lengths = longest(reads)
     keys = [key for one in reads for key in one.keys]
     found = {}
     for name in dict.fromkeys([*lengths, *not_eligible]):

@@ -17,7 +17,7 @@ from joint.data.requests import Column
 from joint.errors import DataError, first_line
 from joint.exporting.card import FILE as CARD
 from joint.exporting.card import card
-from joint.exporting.index import write_index
+from joint.exporting.index import write_indices
 from joint.exporting.items import items_table, write_items
 from joint.exporting.versions import new_version, write_manifest
 from joint.files import write_whole
@@ -148,14 +148,7 @@ def _flat(values: np.ndarray) -> np.ndarray:
 
 
 def _indices(folder: Path, items: NewItems, model_hash: str) -> dict[str, dict[str, Any]]:
-    if "v" not in items.vectors:
-        return {}
-    members = {pool: days < NEVER for pool, days in items.first_day.items()}
-    return {
-        pool: write_index(folder, pool, items.vectors["v"][member], model_hash)
-        for pool, member in members.items()
-        if member.any()
-    }
+    return write_indices(folder, items.vectors["v"], items.first_day, model_hash) if "v" in items.vectors else {}
 
 
 def _outside(ids: np.ndarray, recommender: Recommender) -> np.ndarray:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from joint.errors import UserError
-from joint.files import write_whole
-from joint.serving.manifest import FORMAT, FORMAT_VERSION, NAME, sha256
+from joint.files import sha256, write_whole
+from joint.serving.manifest import FORMAT, FORMAT_VERSION, NAME
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from zipfile import BadZipFile
 
 from joint.data.cross import Cross
 from joint.errors import first_line
+from joint.files import sha256
 from joint.keys import Key, Reads
 from joint.schema import Feature, History
 from joint.serving.errors import ExportError
@@ -144,12 +145,6 @@ def inside(folder: Path, name: str) -> Path:
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ExportError(f"{folder / NAME}: names {name}, which is outside of the folder")
     return path
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_of(paths: Iterable[Path]) -> str:
