@@ -32,10 +32,12 @@ def to_the_teacher(
 
     Where the log has more than exposures, overlap also among these and among the others apart: a student may agree
     with its teacher on what users saw, and not on what it has to choose from (CRR, RecSys'26). There requests of no
-    more than K candidates are left out, whose overlap is 1 whatever the heads say.
+    more than K candidates are left out, whose overlap is 1 whatever the heads say. Where it is logged what entered
+    ranking, the fused reverse rate among that as well: the pairs of SDCL Eq 9.
     """
     exposed = stage_mask(("exposed",), batch.stages)
     parts = {"exposed": exposed, "unexposed": ~exposed} if {*schema.stages} - {"exposed"} else {}
+    entered = schema.input_space.get("ranking", ())
     for student, name in STUDENTS.items():
         if student in outputs and "ranking" in outputs:
             for index, task in enumerate(config.tasks):
@@ -43,18 +45,27 @@ def to_the_teacher(
                 yield f"{name}/{task}", metrics.kendall_by_request(*pair, batch.offsets)
             fused = scores[student], scores["ranking"]
             yield f"{name}/fused", metrics.kendall_by_request(*fused, batch.offsets)
+            if entered:
+                inside = stage_mask(("exposed", *entered), batch.stages)
+                pair = fused[0][inside], fused[1][inside]
+                yield f"{name}/fused/entered_ranking", metrics.kendall_by_request(*pair, _offsets(inside, batch))
             for k in config.evaluation.k:
                 overlap = metrics.overlap_by_request(*fused, batch.offsets, k)
                 yield f"alignment/teacher/overlap@{k}/{student}", overlap
-                for part, inside in parts.items():
-                    yield f"alignment/teacher/overlap@{k}/{student}/{part}", _overlap_in(inside, *fused, batch, k)
+                for part, those in parts.items():
+                    yield f"alignment/teacher/overlap@{k}/{student}/{part}", _overlap_in(those, *fused, batch, k)
 
 
 def _overlap_in(inside: Tensor, a: Tensor, b: Tensor, batch: Batch, k: int) -> PerRequest:
-    offsets = pad(inside.cumsum(0), (1, 0))[batch.offsets]
+    offsets = _offsets(inside, batch)
     overlap = metrics.overlap_by_request(a[inside], b[inside], offsets, k)
     more = (offsets.diff() > k).cpu()
     return PerRequest(overlap.total * more, overlap.count * more)
+
+
+def _offsets(inside: Tensor, batch: Batch) -> Tensor:
+    """`[R + 1]` of the candidates `inside [N]` alone."""
+    return pad(inside.cumsum(0), (1, 0))[batch.offsets]
 
 
 def of_fusions(batch: Batch, outputs: Outputs, scores: Mapping[str, Tensor]) -> Iterator[tuple[str, PerRequest]]:
@@ -106,7 +117,7 @@ def to_order(
         scores: head -> its fused scores `[N]`.
     """
     inside = ~order.isnan()
-    offsets = pad(inside.cumsum(0), (1, 0))[batch.offsets]
+    offsets = _offsets(inside, batch)
     for head, score in scores.items():
         pair = score[inside].double(), order[inside].double()
         yield f"alignment/{whose}/reverse_rate/{head}", metrics.kendall_by_request(*pair, offsets)

@@ -89,7 +89,7 @@ def test_overlap_among_exposures_and_among_the_others() -> None:
     outputs = {"pre_ranking": output_of(STUDENT), "ranking": output_of(TEACHER)}
     scores = {"pre_ranking": STUDENT, "ranking": TEACHER}
     config: Any = SimpleNamespace(tasks={"view": None}, evaluation=SimpleNamespace(k=(2, 3)))
-    schema: Any = SimpleNamespace(stages=("exposed", "ranked", "coarse_neg"))
+    schema: Any = SimpleNamespace(stages=("exposed", "ranked", "coarse_neg"), input_space={"ranking": ("ranked",)})
     found = dict(to_the_teacher(config, schema, log_of(STAGES, [0]), outputs, scores))
     name = "alignment/teacher/overlap@{}/pre_ranking"
     assert found[name.format(2)].value == 1
@@ -97,7 +97,10 @@ def test_overlap_among_exposures_and_among_the_others() -> None:
     assert found[name.format(2) + "/unexposed"].value == 0  # 4, 3 against 3, 4 of the last four
     assert found[name.format(3) + "/unexposed"].value == pytest.approx(2 / 3)
     assert found[name.format(3) + "/exposed"].count.tolist() == [0]  # three of three would say nothing
-    schema.stages = ("exposed",)
+    # Of the ten pairs of what entered ranking the two of stage `ranked` are the only ones that the heads order apart.
+    assert found["alignment/reverse_rate/fused/entered_ranking"].value == pytest.approx(1 / 10)
+    assert found["alignment/reverse_rate/fused"].value == pytest.approx(6 / 21)
+    schema.stages, schema.input_space = ("exposed",), {}
     assert not [n for n in dict(to_the_teacher(config, schema, log_of(STAGES, [0]), outputs, scores)) if "exposed" in n]
 
 

@@ -6,6 +6,7 @@ A new or changed config: `make golden` (or REWRITE=1 with this file), then read 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -75,6 +76,18 @@ def test_every_snapshot_is_of_a_config() -> None:
     assert len(FILES) >= len(ABLATIONS) + 4
     gone = {str(path.relative_to(GOLDEN)) for path in GOLDEN.glob("**/*.yaml")} - {*FILES}
     assert not gone, "delete these snapshots"
+
+
+def test_the_index_has_every_config() -> None:
+    listed = set(re.findall(r"\]\(([\w/]+\.yaml)\)", (CONFIGS / "README.md").read_text()))
+    assert not {*FILES} - listed, "configs/README.md says what each file is of"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_head_says_what_is_mirrored_with_which_command(name: str) -> None:
+    head = "".join(itertools.takewhile(lambda line: line.startswith("#"), (CONFIGS / name).open()))
+    command = "joint.compare" if name in ABLATIONS else "joint.train"
+    assert f"-m {command} configs/{name}" in head
 
 
 @pytest.mark.parametrize("name", FILES)
