@@ -1,11 +1,12 @@
 # make train: from nothing to a trained, measured funnel.  make test: the tests, the way CI runs them.
+# make docs: the site, in build/site.
 # make gpu-check EXTRA=gpu: what only a GPU can show, as one JSON to post.
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRA ?= cpu
 DATA := data/ml-100k
 
-.PHONY: install data train test slow-test check fast-test golden benchmarks gpu-check clean
+.PHONY: install data train test slow-test check fast-test golden docs benchmarks gpu-check clean
 
 install: .venv/installed-$(EXTRA)
 
@@ -43,6 +44,9 @@ fast-test: install
 
 golden: install
 	REWRITE=1 $(BIN)/python -m pytest tests/training/test_configs.py
+
+docs: install
+	$(BIN)/mkdocs build --strict
 
 benchmarks: install
 	$(BIN)/python -m benchmarks.losses

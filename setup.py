@@ -28,6 +28,7 @@ BASE = [
 ]
 REPORT = ["scipy", "matplotlib"]
 SERVE = ["onnxruntime==1.31.1", "faiss-cpu==1.15.1"]
+DOCS = ["mkdocs-material>=9.7"]
 HTTP = ["fastapi", "uvicorn"]  # of the demo
 EXPORT = ["onnx==1.23.2", "onnxscript==0.7.2", *SERVE]  # an export answers its own golden requests before it is done
 EXTRAS = {
@@ -37,7 +38,8 @@ EXTRAS = {
     "export": EXPORT,
     "serve": SERVE,
     "http": HTTP,
-    "dev": ["pytest", "ruff", "mypy", *REPORT, *EXPORT, *HTTP, "httpx"],
+    "docs": DOCS,
+    "dev": ["pytest", "ruff", "mypy", *REPORT, *EXPORT, *HTTP, "httpx", *DOCS],
 }
 # The experiments travel inside the wheel, where `joint train configs/sdcl.yaml` finds them.
 CONFIGS = ["joint.configs", "joint.configs.papers", "joint.configs.ablations"]

@@ -1,5 +1,6 @@
 """A little MovieLens, made up here and written in every layout; prepared once, with a config for it."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,6 +162,14 @@ def dataset_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_grouplens(make_log(), folder / "raw")
     prepare_movielens(folder / "raw", folder / "dataset", run=RUN, seed=0, overwrite=False)
     return folder / "dataset"
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The made-up ratings where RecBole's wheel has ML-100K."""
+    folder = tmp_path_factory.mktemp("wheel")
+    write_recbole(make_log(), folder / "recbole")
+    return Path(shutil.make_archive(str(folder / "recbole"), "zip", folder / "recbole")).rename(folder / "recbole.whl")
 
 
 @pytest.fixture(scope="session")

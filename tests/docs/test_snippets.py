@@ -1,0 +1,204 @@
+"""Every command and snippet of README.md and docs/ is run, page by page, on tiny data.
+
+A fence says what it holds. `bash`: a shell reads the block, and what it would start is run in this process, smaller.
+`python`: run. `yaml`: resolved, as a config (over configs/joint.yaml unless it has a `base`), an ablation or a map.
+`json`: parsed. `text`: shown. `title="FILE"` also writes the block there. Commands in the text and in usage lines, which
+have placeholders, must exist with all the options that they name.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from joint.__main__ import COMMANDS
+from joint.commands import run_command
+from joint.compare import _parser as compare_parser
+from joint.comparison.ablation import read_ablation
+from joint.config import load_config
+from joint.data.flat.map import read_map
+
+ROOT = Path(__file__).parents[2]
+PAGES = {page.name: page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+NEEDS = dict.fromkeys(
+    ("compare.md", "funnel.md", "serving.md", "predict.md"), "quick_start.md"
+)  # runs that another page makes
+LANGUAGES = {"bash", "python", "yaml", "json", "text"}
+NOT_RUN = {  # what no test can do here, and why
+    "pip": "installs packages",
+    "python3": "makes the environment",
+    ".": "enters it",
+    "tensorboard": "serves until it is stopped",
+    "make": "is CI itself, or installs first",
+    "benchmarks": "measures for minutes",
+}
+# A shell in which every program only says what it was called with.
+PROGRAMS = (".", "pip", "python", "python3", "torchrun", "joint", "make", "tensorboard")
+STAND_INS = "".join(f"function {name} {{ printf '%s\\0' {name} \"$@\" END; }}\n" for name in PROGRAMS)
+MAP_FILES = ["items.file=i.parquet", "items.key=item_id", "users.file=u.parquet", "users.key=user_id"]
+TARGETS = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+FENCE = re.compile(r"^```(\w*)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.M | re.S)
+INLINE = re.compile(r"`((?:python -m|torchrun|joint|make) [^`\n]+)`")
+USAGE = re.compile(r"^(?:python -m|torchrun|joint|make) .*(?:\n {8,}.*)*", re.M)
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    line: int
+    language: str
+    title: str
+    text: str
+
+
+def blocks(name: str) -> list[Block]:
+    page = PAGES[name].read_text()
+    return [Block(page[: m.start()].count("\n") + 1, m[1], m[2] or "", m[3]) for m in FENCE.finditer(page)]
+
+
+def module_of(argv: list[str]) -> tuple[str, list[str]]:
+    """The command (`train`, `benchmarks.step`, `make`) and its arguments, however it is started."""
+    if argv[0] == "joint" and len(argv) > 1:
+        return argv[1], argv[2:]
+    if argv[0] in ("python", "torchrun") and "-m" in argv:
+        at = argv.index("-m") + 1
+        return argv[at].removeprefix("joint."), argv[at + 1 :]
+    return argv[0], argv[1:]
+
+
+def smaller(command: str, arguments: list[str]) -> list[str]:
+    """The same on a world of 360 requests, for one epoch, with batches that such a world has some of."""
+    if command == "prepare" and arguments[0] == "simulate":
+        kept = [a for a in arguments if a not in ("--size", "report", "--requests", "5000")]
+        return [*kept, "requests=360", "users=60"]
+    if command == "train":
+        return [*arguments, "data.epochs=1", "data.requests_per_batch=32"]
+    return arguments
+
+
+class Reader:
+    """Does what pages say in a folder, each once and after those that it needs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.done, self.ran = folder, set[str](), list[list[str]]()
+        self.map = ""
+
+    def read(self, name: str) -> None:
+        """Run all that a page shows."""
+        if name in self.done:
+            return
+        if name in NEEDS:
+            self.read(NEEDS[name])
+        scope: dict[str, object] = {}
+        for block in blocks(name):
+            assert block.language in LANGUAGES, f"{name}:{block.line}: say what the block holds"
+            if block.title:
+                (self.folder / block.title).write_text(block.text)
+            if block.language == "bash":
+                for argv in said(block.text, self.folder):
+                    if argv not in self.ran:  # another page has the same command
+                        run(*module_of(argv))
+                    self.ran.append(argv)
+            elif block.language == "python":
+                exec(compile(block.text, f"{name}:{block.line}", "exec"), scope)
+            elif block.language == "yaml":
+                self.resolve(name, block)
+            elif block.language == "json":
+                json.loads(block.text)
+        self.done.add(name)
+
+    def resolve(self, name: str, block: Block) -> None:
+        """Raises what a command would say of this YAML; a part of a map is laid over those before it."""
+        keys, is_map = yaml.safe_load(block.text), name == "own_logs.md"
+        base = "" if keys.keys() & {"base", "user"} else f"base: {self.map if is_map else 'joint.yaml'}\n"
+        path = self.folder / (block.title or (f"{block.line}.yaml" if is_map else f"configs/{block.line}.yaml"))
+        path.write_text(base + block.text)
+        if is_map:
+            self.map = path.name
+            read_map(path, MAP_FILES)
+        elif "variants" in keys:
+            read_ablation(path, any_data=True)
+        else:
+            load_config(path)
+
+
+def said(script: str, folder: Path) -> Iterator[list[str]]:
+    """What a shell would start, argument by argument, in order."""
+    done = subprocess.run(["bash", "-euc", STAND_INS + script], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for call in done.stdout.split("\0END\0")[:-1]:
+        yield call.split("\0")
+
+
+def run(command: str, arguments: list[str]) -> None:
+    """Run a command as its page says, smaller; of `compare`, which trains for hours, only the plan is made."""
+    if command in NOT_RUN or command.split(".")[0] in NOT_RUN:
+        return
+    assert command in COMMANDS, f"no command {command}"
+    if command == "compare":
+        planned(arguments)
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [command, *smaller(command, arguments)])
+        assert run_command(import_module(f"joint.{command}").main) == 0, f"{command} {arguments}"
+
+
+def planned(arguments: list[str]) -> None:
+    parsed = compare_parser().parse_intermixed_args(arguments)
+    paths = [Path(text) for text in parsed.targets if "=" not in text]
+    assert all(path.exists() for path in paths)
+    if not paths[0].is_dir():
+        read_ablation(paths[0], [text for text in parsed.targets if "=" in text], any_data=True)
+
+
+def options_of(command: str, arguments: list[str]) -> str:
+    """The help of a command (of a source of `prepare`, and the like), which names its options."""
+    words = [*arguments[:1], "--help"] if command in ("prepare", "serve") else ["--help"]
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
+        patch.setattr(sys, "argv", [command, *words])
+        with pytest.raises(SystemExit, match="0"):
+            import_module(f"joint.{command}").main()
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def reader(folder: Path) -> Iterator[Reader]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield Reader(folder)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_what_a_page_shows_runs(name: str, reader: Reader) -> None:
+    reader.read(name)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_what_a_page_names_is_there(name: str) -> None:
+    """Commands in the text and usage lines: they exist, with these options, and their configs resolve."""
+    page = PAGES[name].read_text()
+    usage = [line for block in blocks(name) if block.language == "text" for line in USAGE.findall(block.text)]
+    for line in [*INLINE.findall(page), *usage]:
+        command, arguments = module_of(re.sub(r"[][…|]", " ", line).split())
+        if command.startswith("-") or command == "torchrun":  # options of `joint` and of torchrun itself
+            continue
+        if command == "make":
+            assert set(arguments) - {"…"} <= {"EXTRA=gpu", *TARGETS}, line
+        elif command.startswith("benchmarks."):
+            assert (ROOT / f"{command.replace('.', '/')}.py").is_file(), line
+        else:
+            assert command in COMMANDS, line
+            known = options_of(command, arguments)
+            assert not [option for option in arguments if option.startswith("--") and option not in known], line
