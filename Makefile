@@ -43,7 +43,7 @@ fast-test: install
 	$(BIN)/python -m pytest -m "not slow" --ignore tests/training
 
 golden: install
-	REWRITE=1 $(BIN)/python -m pytest tests/training/test_configs.py
+	REWRITE=1 $(BIN)/python -m pytest tests/training/test_configs.py tests/docs/test_config_reference.py
 
 docs: install
 	$(BIN)/mkdocs build --strict

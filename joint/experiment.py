@@ -44,9 +44,9 @@ def _check_days(days: tuple[str, str] | None) -> None:
 class Run:
     """Where a run is kept (`DIR/NAME`), and the one seed of everything random in it."""
 
-    name: str
-    dir: str = "runs"
-    seed: int = 0
+    name: str  # the folder of the run in `dir`
+    dir: str = "runs"  # relative to where the command is called
+    seed: int = 0  # of initial values, the order of requests and all draws
 
     def __post_init__(self) -> None:
         if not self.name or Path(self.name).name != self.name:
@@ -57,12 +57,12 @@ class Run:
 class Data:
     """What is read, and what a batch is made of."""
 
-    path: str
+    path: str  # a prepared dataset
     scores: str = ""  # what joint.predict wrote of this dataset; {dataset} in it stands for the folder name of `path`
-    train: tuple[Literal["train", "valid", "test"], ...] = ("train",)
-    days: tuple[str, str] | None = None  # the first and the last day to train on (YYYY-MM-DD); None: all there are
+    train: tuple[Literal["train", "valid", "test"], ...] = ("train",)  # the parts that are trained on
+    days: tuple[str, str] | None = None  # the first and the last day to train on (YYYY-MM-DD); null: all there are
     requests_per_batch: int = 256  # global: shared out over the ranks
-    epochs: int = 1
+    epochs: int = 1  # passes over them
     shards: int = 8  # virtual shards a day is dealt into: a multiple of every world size to be used
     candidates: dict[str, Quota]  # stage -> how many of a request's candidates, 'all', or random draws
     random_by: Literal["uniform", "popularity"] = "uniform"  # how random candidates of a request are drawn
@@ -95,10 +95,10 @@ class Task:
     each positive weighing its value, so that the odds estimate the expected value, such as minutes (RRA Eq 2).
     """
 
-    label: str
+    label: str  # a label of the dataset
     at_least: float = 1.0
     kind: Literal["binary", "ratio", "weighted"] = "binary"
-    matures_after: float | None = None  # days until the label is known; None: as the dataset says
+    matures_after: float | None = None  # days until the label is known; null: as the dataset says
     score: str = ""  # the column of logits that a `teacher: logged` has for this task
 
     def __post_init__(self) -> None:
@@ -116,8 +116,8 @@ class Table:
     decides. `memory`, on CUDA: that of the GPU, of the host (uvm), or of the host behind a cache on the GPU.
     """
 
-    rows: int | Literal["auto"] = "auto"
-    dim: int
+    rows: int | Literal["auto"] = "auto"  # row 0 is the unknown
+    dim: int  # width of a row
     sharding: Literal["auto", "table_wise", "row_wise", "planner"] = "auto"
     memory: Literal["device", "uvm", "uvm_caching"] = "device"
     hash: bool = False  # ids to rows by a 64-bit hash: any number of ids in `rows` rows, some of which they share
@@ -134,7 +134,7 @@ class Table:
 class Encoder:
     """A named reading of a history, which heads list among their features."""
 
-    history: str
+    history: str  # a history of the dataset
     features: tuple[str, ...]  # item features of each past item
     events: tuple[str, ...] = ()  # event features, projected to the item's width
     combine: Literal["add", "multiply"] = "add"  # how they join the item: RRA 4.2.1 multiplies
@@ -156,8 +156,8 @@ class Encoder:
 class Sharing:
     """What the heads have in common, and which of them only read it: theirs is no gradient to what is shared."""
 
-    mode: Literal["none", "tables", "tables_and_encoders"] = "tables_and_encoders"
-    stop_gradient: tuple[Head, ...] = ()
+    mode: Literal["none", "tables", "tables_and_encoders"] = "tables_and_encoders"  # what heads share
+    stop_gradient: tuple[Head, ...] = ()  # heads that read what is shared and do not train it
 
     def __post_init__(self) -> None:
         if self.stop_gradient and self.mode == "none":
@@ -181,7 +181,7 @@ class TableOptimizer:
     """
 
     kind: Literal["rowwise_adagrad", "adagrad", "sgd", "adam"] = "rowwise_adagrad"
-    lr: float = 0.1
+    lr: float = 0.1  # learning rate
 
     def __post_init__(self) -> None:
         _at_least(0, lr=self.lr)
@@ -192,8 +192,8 @@ class DenseOptimizer:
     """The optimizer of everything that is not a table."""
 
     kind: Literal["adam", "adamw"] = "adam"
-    lr: float = 1e-3
-    weight_decay: float = 0.0
+    lr: float = 1e-3  # learning rate
+    weight_decay: float = 0.0  # of adam into the gradient, of adamw beside it
 
     def __post_init__(self) -> None:
         _at_least(0, lr=self.lr, weight_decay=self.weight_decay)
@@ -205,7 +205,7 @@ class Optimizer:
 
     tables: TableOptimizer = TableOptimizer()
     dense: DenseOptimizer = DenseOptimizer()
-    warmup_steps: int = 0
+    warmup_steps: int = 0  # steps over which both rates rise to their own
 
     def __post_init__(self) -> None:
         _at_least(0, warmup_steps=self.warmup_steps)
@@ -219,11 +219,11 @@ class Train:
     are float32. `fast_lookup` changes no number, only time, on CPU (`joint.fast_lookup`).
     """
 
-    log_every: int = 10
-    checkpoint_every: int = 100
-    keep: int = 2
+    log_every: int = 10  # steps between lines and points of the log
+    checkpoint_every: int = 100  # steps between checkpoints
+    keep: int = 2  # newest checkpoints that are kept
     save_beside_training: bool = False  # copy the state and write it in a thread, rather than wait for the disk
-    evaluate_every_epochs: int = 1
+    evaluate_every_epochs: int = 1  # 0: never
     precision: Literal["float32", "bfloat16"] = "float32"
     fast_lookup: bool = True
 
@@ -255,7 +255,7 @@ class Explore:
     history: str
     noise: float = 0.0
     keep_history: float = 1.0  # the share of events older than the `newest` that is kept
-    newest: int = 10
+    newest: int = 10  # events that are never left out
 
     def __post_init__(self) -> None:
         _at_least(0, noise=self.noise, keep_history=self.keep_history, newest=self.newest)
@@ -267,10 +267,10 @@ class Explore:
 class Evaluation:
     """What is measured, on which part, and the quotas of the funnel."""
 
-    valid: Literal["train", "valid", "test"] = "valid"
-    test: Literal["train", "valid", "test"] = "test"
+    valid: Literal["train", "valid", "test"] = "valid"  # the part that epochs and choices are judged on
+    test: Literal["train", "valid", "test"] = "test"  # the part that the final table is of
     task: str  # whose positives are what a head should find
-    k: tuple[int, ...] = (20, 100)
+    k: tuple[int, ...] = (20, 100)  # cuts of recall and its kin
     quotas: dict[str, int] = field(default_factory=dict)  # head -> candidates it keeps, in the funnel's order
     pools: dict[str, ItemPool] = field(default_factory=dict)  # channels of retrieval, in the order of their choice
     variety: str = ""  # item feature of one id, whose different values in the lists of retrieval are counted

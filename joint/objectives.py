@@ -42,10 +42,10 @@ def _check_not_negative(**values: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Common:
-    head: Head
-    space: tuple[str, ...]
+    head: Head  # whom it trains
+    space: tuple[str, ...]  # stages whose candidates, taken together, it is over
     tasks: tuple[str, ...] = ()  # none named: all of them
-    weight: float = 1.0
+    weight: float = 1.0  # factor of the loss
 
     def __post_init__(self) -> None:
         _check_not_negative(weight=self.weight)
@@ -56,7 +56,7 @@ class Binary(_Common):
     """Binary cross-entropy on the labels (RRA 1, SDCL 3); an unexposed candidate of the space has label 0."""
 
     loss: Literal["binary"] = "binary"
-    positive_weight: float = 1.0
+    positive_weight: float = 1.0  # factor of the positives
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,8 +76,8 @@ class Distillation(_Common):
     """Cross-entropy against the teacher's probabilities (RRA 5-6, SDCL 5)."""
 
     loss: Literal["distillation"] = "distillation"
-    teacher: Teacher = "ranking"
-    temperature: float = 1.0
+    teacher: Teacher = "ranking"  # whose logits are the target
+    temperature: float = 1.0  # divides the logits of both
     shuffle: bool = False  # a placebo: the teacher's logits dealt anew among the request's candidates of the space
 
     def __post_init__(self) -> None:
@@ -114,10 +114,10 @@ class AdaptiveContrastive(_Common):
     """Each winner against the space's candidates of its request, weighted by how hard they are (SDCL 7-8)."""
 
     loss: Literal["adaptive_contrastive"] = "adaptive_contrastive"
-    winners: tuple[str, ...] = ("positive",)
-    temperature: float = 1.0
-    delta: float = 1.0
-    adaptive: bool = True
+    winners: tuple[str, ...] = ("positive",)  # each against all of the space
+    temperature: float = 1.0  # divides the logits
+    delta: float = 1.0  # factor of all weights
+    adaptive: bool = True  # off: every weight is `delta`
     shuffle: bool = False  # a placebo: the weights dealt anew among the request's negatives
 
     def __post_init__(self) -> None:
@@ -148,7 +148,7 @@ class Imitation(_Common):
     """The space's candidates in the teacher's order: by its softmax, its order, or its odds for each pair."""
 
     loss: Literal["list_net", "list_mle", "soft_pairwise"]
-    teacher: Teacher = "ranking"
+    teacher: Teacher = "ranking"  # whose order is the target
     shuffle: bool = False  # as of distillation
 
 
@@ -157,8 +157,8 @@ class ExpectedL0:
     """The expected number of open gates of a head's SNR trunks, a penalty (Ma et al., AAAI'19; Louizos et al. 2018)."""
 
     loss: Literal["expected_l0"] = "expected_l0"
-    head: Head
-    weight: float = 1e-3
+    head: Head  # whose gates
+    weight: float = 1e-3  # factor of the penalty
 
     def __post_init__(self) -> None:
         _check_not_negative(weight=self.weight)
@@ -174,12 +174,12 @@ class ItemViews:
     """
 
     loss: Literal["item_views"] = "item_views"
-    head: Head = "retrieval"
-    space: tuple[str, ...]
+    head: Head = "retrieval"  # whose item tower
+    space: tuple[str, ...]  # `corpus`, or `random` for data.shared_random
     share: float = 1.0
-    temperature: float = 0.1
+    temperature: float = 0.1  # divides the cosines
     shuffle: bool = False  # a placebo: the view that should be alike is another item's
-    weight: float = 1.0
+    weight: float = 1.0  # factor of the loss
 
     def __post_init__(self) -> None:
         _check_not_negative(weight=self.weight)

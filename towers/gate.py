@@ -19,7 +19,7 @@ from towers.mlp import FactoredLinear, GroupedLinear
 class Gate:
     """How a gate's weights come about.
 
-    `alpha` is the largest weight, `hidden` the width of the hidden layer (None: as wide as what it weighs).
+    `alpha` is the largest weight, `hidden` the width of the hidden layer (null: as wide as what it weighs).
     Without `prior` the weights are read off the input (SDCL Eq 6). `prior` names fields that decide instead, beside
     them the input without gradient (PEPNet) unless `reads_input` is off (LHUC). In a head with a gate per side, a
     side that has none of the prior fields reads its own input, or with `reads_input` off has no gate. `adds` is a

@@ -30,7 +30,7 @@ class DcnV2:
     """Cross layers (DCN-V2: Wang et al., WWW'21): full matrices, or of low `rank`."""
 
     kind: Literal["dcn_v2"] = "dcn_v2"
-    layers: int = 2
+    layers: int = 2  # how often fields are crossed
     rank: int | None = None
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ class SharedBottom:
 
     kind: Literal["shared_bottom"] = "shared_bottom"
     hidden: tuple[int, ...] = (128, 64)
-    dropout: float = 0.0
+    dropout: float = 0.0  # share of activations set to 0 in training
 
     def __post_init__(self) -> None:
         check_widths(hidden=self.hidden)
@@ -41,7 +41,7 @@ class WideAndDeep:
 
     kind: Literal["wide_and_deep"] = "wide_and_deep"
     hidden: tuple[int, ...] = (128, 64)
-    dropout: float = 0.0
+    dropout: float = 0.0  # share of activations set to 0 in training
 
     def __post_init__(self) -> None:
         check_widths(hidden=self.hidden)
@@ -53,9 +53,9 @@ class Mmoe:
     """Multi-gate mixture of experts (Ma et al., KDD'18): stacks of `hidden` layers, and one gate per task."""
 
     kind: Literal["mmoe"] = "mmoe"
-    experts: int = 4
+    experts: int = 4  # number of experts
     hidden: tuple[int, ...] = (128, 64)
-    dropout: float = 0.0
+    dropout: float = 0.0  # share of activations set to 0 in training
 
     def __post_init__(self) -> None:
         check_counts(experts=self.experts)
@@ -72,11 +72,11 @@ class Ple:
     """
 
     kind: Literal["ple"] = "ple"
-    task_experts: int = 2
-    shared_experts: int = 2
+    task_experts: int = 2  # experts of each task
+    shared_experts: int = 2  # experts that all tasks have
     hidden: tuple[int, ...] = (128, 64)
     layers: int = 1
-    dropout: float = 0.0
+    dropout: float = 0.0  # share of activations set to 0 in training
 
     def __post_init__(self) -> None:
         if self.task_experts < 0:
@@ -99,7 +99,7 @@ class Snr:
     subnetworks: int = 4
     hidden: tuple[int, ...] = (128, 64)
     initial_log_alpha: float = 0.0
-    dropout: float = 0.0
+    dropout: float = 0.0  # share of activations set to 0 in training
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, "trans", "aver")

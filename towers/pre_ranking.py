@@ -28,8 +28,8 @@ class PreRanking:
     the letter). `fusion`, `fusion_by_group` and `fusion_of` are as in the ranking head.
     """
 
-    features: tuple[str, ...]
-    kind: Literal["vector_product", "interaction", "mlp"] = "vector_product"
+    features: tuple[str, ...]  # of request and item, encoders among them
+    kind: Literal["vector_product", "interaction", "mlp"] = "vector_product"  # how user and item meet
     gate: Gate | None = Gate()
     interaction: Interaction | None = None
     trunk: Trunk = SharedBottom()

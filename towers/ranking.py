@@ -28,7 +28,7 @@ class Ranking:
     (`distillation`, …) learns from it as it is for all.
     """
 
-    features: tuple[str, ...]
+    features: tuple[str, ...]  # of request and item, encoders and cross features among them
     gate: Gate | None = None
     interaction: Interaction | None = None
     trunk: Trunk = SharedBottom()

@@ -20,9 +20,9 @@ class Residual:
     learns from is changed by it.
     """
 
-    groups: tuple[int, ...]
+    groups: tuple[int, ...]  # user groups of the dataset
     features: tuple[str, ...] = ()
-    hidden: tuple[int, ...] = (32,)
+    hidden: tuple[int, ...] = (32,)  # layers of the net
 
     def __post_init__(self) -> None:
         check_widths(least=0, hidden=self.hidden)

@@ -30,15 +30,15 @@ class Retrieval:
     similarity can serve a softmax, which it leaves alone, and a binary loss.
     """
 
-    features: tuple[str, ...]
+    features: tuple[str, ...]  # of request and item, encoders among them
     gate: Gate | None = None
     interaction: Interaction | None = None
     trunk: Trunk | None = SharedBottom()
     task_hidden: tuple[int, ...] = ()
-    item_hidden: tuple[int, ...] = ()
+    item_hidden: tuple[int, ...] = ()  # layers of the item tower before its last one
     dim: int = 32
-    similarity: Literal["dot", "cosine"] = "dot"
-    temperature: float = 1.0
+    similarity: Literal["dot", "cosine"] = "dot"  # of user and item vector
+    temperature: float = 1.0  # divides the similarity
     bias: bool = False
     fusion: dict[str, float] = field(default_factory=dict)
     fusion_by_group: dict[str, dict[str, float]] = field(default_factory=dict)  # user group -> its own fusion

@@ -67,10 +67,10 @@ class SelfAttention:
 
     kind: Literal["self_attention"] = "self_attention"
     mode: Literal["causal", "bidirectional"] = "causal"
-    layers: int = 1
-    heads: int = 1
+    layers: int = 1  # blocks of attention and feed-forward
+    heads: int = 1  # of attention; a divisor of the width
     positions: int = 50
-    dropout: float = 0.0
+    dropout: float = 0.0  # share of activations set to 0 in training
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, "causal", "bidirectional")

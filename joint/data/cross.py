@@ -21,9 +21,9 @@ class Cross:
     1 / (1 + events since the latest that does), 0 if none does.
     """
 
-    history: str
-    feature: str
-    of: Literal["count", "recency"] = "count"
+    history: str  # a history of the dataset
+    feature: str  # item feature, of ids
+    of: Literal["count", "recency"] = "count"  # what the number says
     length: int = 50  # newest events read
 
     def __post_init__(self) -> None:
