@@ -17,12 +17,13 @@ from joint.settings import plain
 
 OPENING = """# Config reference
 
-Made by `python -m joint.config_reference` from the dataclasses that a config is decoded into; `make golden` makes it anew.
-`python -m joint.config FILE` prints a config as resolved, or every mistake in it. NAME is a name of your choice. Where a mapping
-is one of several kinds, a key of its own says which, and each kind has a section.
+Made by `python -m joint.config_reference` from the dataclasses that a config is decoded into; `make golden` makes it
+anew. `python -m joint.config FILE` prints a config as resolved, or every mistake in it. NAME is a name of your choice.
+Where a mapping is one of several kinds, a key of its own says which, and each kind has a section.
 
-Beside these keys a file may have `base: FILE`, relative to it: mappings merge with the base's, lists and scalars replace its own,
-and `null` removes. On the command line `a.b.c=value` does the same. An ablation has [keys of its own](compare.md#the-file).
+Beside these keys a file may have `base: FILE`, relative to it: mappings merge with the base's, lists and scalars
+replace its own, and `null` removes. On the command line `a.b.c=value` does the same. An ablation has
+[keys of its own](compare.md#the-file).
 """
 WORDS = {int: "integer", float: "number", bool: "true or false", str: "text"}
 TAGS = ("kind", "loss")

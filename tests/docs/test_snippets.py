@@ -2,8 +2,8 @@
 
 A fence says what it holds. `bash`: a shell reads the block, and what it would start is run in this process, smaller.
 `python`: run. `yaml`: resolved, as a config (over configs/joint.yaml unless it has a `base`), an ablation or a map.
-`json`: parsed. `text`: shown. `title="FILE"` also writes the block there. Commands in the text and in usage lines, which
-have placeholders, must exist with all the options that they name.
+`json`: parsed. `text`: shown. `title="FILE"` also writes the block there. Commands in the text and in usage lines, with
+their placeholders, must exist with all the options that they name.
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ from joint.data.flat.map import read_map
 
 ROOT = Path(__file__).parents[2]
 PAGES = {page.name: page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
-NEEDS = dict.fromkeys(
-    ("compare.md", "funnel.md", "serving.md", "predict.md"), "quick_start.md"
-)  # runs that another page makes
+NEEDS = dict.fromkeys(("compare.md", "funnel.md", "serving.md", "predict.md"), "quick_start.md")  # what it made
 LANGUAGES = {"bash", "python", "yaml", "json", "text"}
 NOT_RUN = {  # what no test can do here, and why
     "pip": "installs packages",
