@@ -16,10 +16,10 @@ from joint import metrics
 from joint.batch import Batch
 from joint.experiment import Config
 from joint.metrics import PerRequest
-from joint.objectives import stage_mask
 from joint.outputs import Outputs
 from joint.ranks import check_ragged, request_of
 from joint.schema import Schema
+from joint.spaces import stage_mask
 from losses.blocks import pair_blocks
 
 STUDENTS = {"retrieval": "alignment/retrieval_reverse_rate", "pre_ranking": "alignment/reverse_rate"}

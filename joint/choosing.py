@@ -22,8 +22,8 @@ from joint.funnel_metrics import Entrants, funnel, survival
 from joint.logged_metrics import in_space
 from joint.measure import open_model
 from joint.metrics import PerRequest, merge_all
-from joint.objectives import stage_mask
 from joint.ranks import request_of
+from joint.spaces import stage_mask
 
 Weights = dict[str, float]  # task -> weight
 

@@ -12,10 +12,10 @@ from joint.alignment import of_fusions, to_order, to_the_teacher
 from joint.batch import Batch
 from joint.experiment import Config
 from joint.metrics import AucState, PerRequest, Ratio
-from joint.objectives import stage_mask
 from joint.outputs import Outputs
 from joint.ranks import ranks, request_sums
 from joint.schema import GROUPS, Schema
+from joint.spaces import stage_mask
 from joint.variety import Coverage
 
 State = Ratio | PerRequest | AucState | Coverage

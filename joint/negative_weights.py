@@ -15,9 +15,10 @@ from torch import Tensor
 import losses
 from joint.batch import Batch
 from joint.experiment import Config
-from joint.objectives import AdaptiveContrastive, contrastive_arguments, stage_mask
+from joint.objectives import AdaptiveContrastive, task_indices
 from joint.outputs import Outputs
 from joint.schema import GROUPS
+from joint.spaces import stage_mask
 
 
 @torch.no_grad()
@@ -38,7 +39,7 @@ def _of_objective(
     objective: AdaptiveContrastive, config: Config, outputs: Outputs, batch: Batch
 ) -> Iterator[tuple[str, float]]:
     names = objective.tasks or tuple(config.tasks)
-    arguments = contrastive_arguments(objective, outputs, batch, list(config.tasks))
+    arguments = objective.arguments(outputs, batch, task_indices(objective, batch, list(config.tasks)))
     _, pairs = losses.adaptive_contrastive(*arguments, delta=objective.delta, return_weights=True)
     group, computed = batch.group[batch.row], outputs[objective.head].computed
     _, which, count = (pairs.task * len(group) + pairs.positive).unique(return_inverse=True, return_counts=True)

@@ -1,6 +1,7 @@
 """Objectives: which loss, on which head, over which space, how much. They only pick tensors and mask.
 
-A config's `objectives` maps free names to these. `compute` turns one into a `LossTerm` per task.
+A config's `objectives` maps free names to these. One of them is a class: its fields are what a config may say, its
+`term` the loss, and a line in `Objective` makes it known (docs/extending.md).
 """
 
 from __future__ import annotations
@@ -15,23 +16,14 @@ from torch import Tensor
 
 import losses
 from joint.batch import Batch
-from joint.outputs import HeadOutput, Outputs, Views
-from joint.schema import EXPOSED_TOKENS, STAGES, Stage
+from joint.outputs import Outputs
 from joint.softmax import softmax_over_pool
+from joint.spaces import dealt, priorities, space_mask, stage_mask
 from losses import LossTerm
 from losses.term import check_positive
 
 Head = Literal["retrieval", "pre_ranking", "ranking"]
 Teacher = Head | Literal["logged"]  # logged: the score columns that the tasks name
-# FS-LTR's priorities (RecFlow 3.1.2): 0, 1, … by how far a candidate got; positive feedback comes after the last.
-PRIORITY = (
-    Stage.RANDOM,
-    Stage.PRERANK_NEG,
-    Stage.COARSE_NEG,
-    Stage.RANKED | Stage.RERANKED | Stage.RANK_NEG | Stage.RERANK_NEG,
-    Stage.RANK_POS | Stage.RERANK_POS,
-    Stage.EXPOSED,
-)
 
 
 def _check_not_negative(**values: float) -> None:
@@ -50,6 +42,19 @@ class _Common:
     def __post_init__(self) -> None:
         _check_not_negative(weight=self.weight)
 
+    @property
+    def needs(self) -> dict[str, tuple[str, ...]]:
+        """Head -> the spaces whose candidates it has to score."""
+        return {self.head: self.space}
+
+    def inside(self, outputs: Outputs, batch: Batch, tasks: Tensor) -> Tensor:
+        """Where the objective is: candidates of its space that its head has scored, for each task, bool [N, T']."""
+        return space_mask(self.space, batch, tasks) & outputs[self.head].computed[:, None]
+
+    def term(self, outputs: Outputs, batch: Batch, tasks: Tensor) -> LossTerm:
+        """The loss and its count per task, float32 [T'], for `tasks` (indices [T'])."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Binary(_Common):
@@ -62,6 +67,12 @@ class Binary(_Common):
         super().__post_init__()
         _check_not_negative(positive_weight=self.positive_weight)
 
+    def term(self, outputs: Outputs, batch: Batch, tasks: Tensor) -> LossTerm:
+        """Of the head's logits and the labels."""
+        y, w = batch.labels[:, tasks], self.positive_weight * batch.weight[:, tasks]
+        inside = self.inside(outputs, batch, tasks)
+        return losses.binary(outputs[self.head].logits[:, tasks], y, positive_weight=w, mask=inside)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualLoss(_Common):
@@ -70,9 +81,45 @@ class ResidualLoss(_Common):
     loss: Literal["residual"] = "residual"
     shuffle: bool = False  # a placebo: the labels dealt anew among the request's candidates of the space
 
+    def term(self, outputs: Outputs, batch: Batch, tasks: Tensor) -> LossTerm:
+        """Of the corrected logits and the labels."""
+        head = outputs[self.head]
+        assert head.corrected is not None
+        assert head.special is not None
+        mask = self.inside(outputs, batch, tasks) & head.special[:, None]
+        of = dealt(mask.all(1), batch) if self.shuffle else slice(None)
+        y, w = batch.labels[of][:, tasks], batch.weight[of][:, tasks]
+        return losses.binary(head.corrected[:, tasks], y, positive_weight=w, mask=mask)
+
+
+class _Taught(_Common):  # no dataclass: its fields stand where those who learn from a teacher have them
+    teacher: Teacher
+    shuffle: bool
+
+    @property
+    def needs(self) -> dict[str, tuple[str, ...]]:
+        """The head and its teacher, unless that is the log."""
+        heads: list[str] = [self.head, *([] if self.teacher == "logged" else [self.teacher])]
+        return dict.fromkeys(heads, self.space)
+
+    def target(self, outputs: Outputs, batch: Batch, tasks: Tensor) -> tuple[Tensor, Tensor]:
+        """The teacher's logits and where it has some, both `[N, T']`."""
+        if self.teacher == "logged":
+            logits = batch.scores[:, tasks]
+            known = ~logits.isnan()
+            logits = logits.nan_to_num()  # 0 where masked: a NaN there would still reach the gradient
+        else:
+            teacher = outputs[self.teacher]
+            logits = teacher.logits[:, tasks]
+            known = teacher.computed[:, None].expand_as(logits)
+        if self.shuffle:
+            inside = stage_mask(self.space, batch.stages) & outputs[self.head].computed & known.all(1)
+            logits = logits[dealt(inside, batch)]
+        return logits, known
+
 
 @dataclass(frozen=True, kw_only=True)
-class Distillation(_Common):
+class Distillation(_Taught):
     """Cross-entropy against the teacher's probabilities (RRA 5-6, SDCL 5)."""
 
     loss: Literal["distillation"] = "distillation"
@@ -83,6 +130,12 @@ class Distillation(_Common):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(temperature=self.temperature)
+
+    def term(self, outputs: Outputs, batch: Batch, tasks: Tensor) -> LossTerm:
+        """Of the head's logits and the teacher's, where it has some."""
+        target, known = self.target(outputs, batch, tasks)
+        mask = self.inside(outputs, batch, tasks) & known
+        return losses.distillation(outputs[self.head].logits[:, tasks], target, temperature=self.temperature, mask=mask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +161,30 @@ class MultiClass(_Common):
         if self.hard and not 0 <= self.hard[0] < self.hard[1]:
             raise ValueError(f"hard is {list(self.hard)}, expected two ranks, the first smaller")
 
+    @property
+    def needs(self) -> dict[str, tuple[str, ...]]:
+        """No candidates: it is over the items of a pool."""
+        return {}
+
+    def term(self, outputs: Outputs, batch: Batch, tasks: Tensor) -> LossTerm:
+        """Per task every impression is a row, its request's vector the query, against all eligible items.
+
+        A weighted task's positives weigh their value and what was merely shown nothing (RRA Eq 4).
+        """
+        head = outputs[self.head]
+        assert head.user is not None
+        assert head.pool is not None
+        pool, terms = head.pool, []
+        shown = self.shown_weight * ~batch.weighted
+        for task in tasks.tolist():
+            seen = stage_mask(("exposed",), batch.stages) & batch.observed[:, task] & (pool.target >= 0)
+            candidate = seen.nonzero().flatten()
+            weight = batch.weight[candidate, task].where(batch.positive[candidate, task], shown[task])
+            row, target = batch.row[candidate], pool.target[candidate]
+            over = self.space, self.log_q, self.hard
+            terms.append(softmax_over_pool(head.user[:, task], pool, row, target, weight, *over))
+        return LossTerm(torch.stack([t.total for t in terms]), torch.stack([t.count for t in terms]))
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveContrastive(_Common):
@@ -123,6 +200,33 @@ class AdaptiveContrastive(_Common):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(temperature=self.temperature, delta=self.delta)
+
+    @property
+    def needs(self) -> dict[str, tuple[str, ...]]:
+        """The winners too."""
+        return {self.head: self.space + self.winners}
+
+    def arguments(self, outputs: Outputs, batch: Batch, tasks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Logits, positives, negatives `[N, T']`, features `[N, F]` and offsets: what the loss is called with."""
+        head = outputs[self.head]
+        assert head.features is not None
+        return (
+            head.logits[:, tasks],
+            space_mask(self.winners, batch, tasks),
+            space_mask(self.space, batch, tasks),
+            head.features,
+            batch.offsets,
+        )
+
+    def term(self, outputs: Outputs, batch: Batch, tasks: Tensor) -> LossTerm:
+        """Of the head's logits and the gated item side."""
+        return losses.adaptive_contrastive(
+            *self.arguments(outputs, batch, tasks),
+            temperature=self.temperature,
+            delta=self.delta,
+            adaptive=self.adaptive,
+            weigh_as=dealt(stage_mask(self.space, batch.stages), batch) if self.shuffle else None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,14 +246,41 @@ class Pairwise(_Common):
         super().__post_init__()
         _check_not_negative(**{f"winner_weights.{name}": value for name, value in self.winner_weights.items()})
 
+    @property
+    def needs(self) -> dict[str, tuple[str, ...]]:
+        """The winners too."""
+        return {self.head: self.space + self.winners}
+
+    def term(self, outputs: Outputs, batch: Batch, tasks: Tensor) -> LossTerm:
+        """Of the head's logits and FS-LTR's priorities."""
+        head, weight = outputs[self.head], torch.ones_like(batch.weight[:, tasks])
+        for token, value in self.winner_weights.items():
+            weight = torch.where(space_mask([token], batch, tasks), value, weight)
+        return losses.pairwise(
+            head.logits[:, tasks],
+            priorities(batch, tasks),
+            batch.offsets,
+            winner=space_mask(self.winners or self.space, batch, tasks) & head.computed[:, None],
+            loser=self.inside(outputs, batch, tasks),
+            weight=weight,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
-class Imitation(_Common):
+class Imitation(_Taught):
     """The space's candidates in the teacher's order: by its softmax, its order, or its odds for each pair."""
 
     loss: Literal["list_net", "list_mle", "soft_pairwise"]
     teacher: Teacher = "ranking"  # whose order is the target
     shuffle: bool = False  # as of distillation
+
+    def term(self, outputs: Outputs, batch: Batch, tasks: Tensor) -> LossTerm:
+        """Of the head's logits and the teacher's, of the candidates for which it has those of all tasks."""
+        head, (target, known) = outputs[self.head], self.target(outputs, batch, tasks)
+        inside = stage_mask(self.space, batch.stages) & head.computed & known.all(1)
+        offsets = torch.nn.functional.pad(inside.cumsum(0), (1, 0))[batch.offsets]
+        loss = {"list_net": losses.list_net, "list_mle": losses.list_mle, "soft_pairwise": losses.soft_pairwise}
+        return loss[self.loss](head.logits[inside][:, tasks], target[inside], offsets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +293,17 @@ class ExpectedL0:
 
     def __post_init__(self) -> None:
         _check_not_negative(weight=self.weight)
+
+    @property
+    def needs(self) -> dict[str, tuple[str, ...]]:
+        """No candidates: it is over gates."""
+        return {}
+
+    def term(self, outputs: Outputs, batch: Batch, tasks: Tensor) -> LossTerm:
+        """The penalty once, whatever the tasks: [1]."""
+        penalty = outputs[self.head].expected_l0
+        assert penalty is not None
+        return LossTerm(penalty.reshape(1), penalty.new_ones(1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +327,21 @@ class ItemViews:
         _check_not_negative(weight=self.weight)
         check_positive(temperature=self.temperature, share=self.share)
 
+    @property
+    def needs(self) -> dict[str, tuple[str, ...]]:
+        """No candidates: it is over the items of a pool."""
+        return {}
+
+    def term(self, outputs: Outputs, batch: Batch, tasks: Tensor) -> LossTerm:
+        """Each item's first view against all items' second ones, once for all tasks: [1]."""
+        views = outputs[self.head].views
+        assert views is not None
+        target = views.target  # one that is there twice is no negative of itself
+        if self.shuffle:  # a permutation of this rank's targets, so none is another's twice
+            target = target[torch.randperm(len(target), device=target.device)]
+        term = losses.info_nce(views.first, views.second, target, item_ids=views.item, temperature=self.temperature)
+        return LossTerm(term.total.reshape(1), term.count.reshape(1))
+
 
 Objective = (
     Binary
@@ -201,15 +358,7 @@ Objective = (
 
 def spaces_of(objective: Objective) -> dict[str, tuple[str, ...]]:
     """Head -> the spaces whose candidates the objective needs that head to score."""
-    if isinstance(objective, MultiClass | ExpectedL0 | ItemViews):
-        return {}  # these are of pool items, or of gates
-    spaces = objective.space
-    if isinstance(objective, AdaptiveContrastive | Pairwise):
-        spaces += objective.winners
-    heads: list[str] = [objective.head]
-    if isinstance(objective, Distillation | Imitation) and objective.teacher != "logged":
-        heads.append(objective.teacher)
-    return dict.fromkeys(heads, spaces)
+    return objective.needs
 
 
 def head_spaces(objectives: Iterable[Objective], heads: Iterable[str]) -> dict[str, frozenset[str]]:
@@ -221,171 +370,12 @@ def head_spaces(objectives: Iterable[Objective], heads: Iterable[str]) -> dict[s
     return {head: frozenset(spaces) for head, spaces in needed.items()}
 
 
-def stage_mask(tokens: Iterable[str], stages: Tensor) -> Tensor:
-    """Candidates that may belong to a space by their stage alone: bool [N]."""
-    mask = torch.zeros_like(stages, dtype=torch.bool)
-    exposed = (stages & int(Stage.EXPOSED)) != 0
-    for token in tokens:
-        mask |= exposed if token in EXPOSED_TOKENS else ((stages & int(STAGES[token])) != 0) & ~exposed
-    return mask
-
-
-def space_mask(tokens: Sequence[str], batch: Batch, tasks: Tensor) -> Tensor:
-    """Candidates of a space, for each of the `tasks` (indices): bool [N, T]."""
-    mask = torch.zeros_like(batch.positive[:, tasks])
-    for token in tokens:
-        member = stage_mask([token], batch.stages)[:, None] & batch.observed[:, tasks]
-        if token == "positive":
-            member = member & batch.positive[:, tasks]
-        elif token == "exposed_neg":
-            member = member & ~batch.positive[:, tasks]
-        mask = mask | member
-    return mask
-
-
-def priorities(batch: Batch, tasks: Tensor) -> Tensor:
-    """FS-LTR's order of candidates for each of the `tasks` (indices), the highest that applies: int64 [N, T]."""
-    found = torch.zeros_like(batch.stages)
-    for level, flags in enumerate(PRIORITY):
-        found = torch.where((batch.stages & int(flags)) != 0, level, found)
-    return torch.where(batch.positive[:, tasks], len(PRIORITY), found[:, None])
-
-
 def compute(objective: Objective, outputs: Outputs, batch: Batch, task_names: Sequence[str]) -> LossTerm:
     """The objective's loss and count per task, float32 [T'], in the order of its tasks (or of all tasks)."""
-    head = outputs[objective.head]
-    if isinstance(objective, ExpectedL0):
-        assert head.expected_l0 is not None
-        return LossTerm(head.expected_l0.reshape(1), batch.labels.new_ones(1))
-    if isinstance(objective, ItemViews):
-        assert head.views is not None
-        return _item_views(objective, head.views)
-    tasks = _task_indices(objective, batch, task_names)
-    match objective:
-        case MultiClass():
-            return _multi_class(objective, head, batch, tasks)
-        case Binary():
-            mask = space_mask(objective.space, batch, tasks) & head.computed[:, None]
-            weight = objective.positive_weight * batch.weight[:, tasks]
-            return losses.binary(head.logits[:, tasks], batch.labels[:, tasks], positive_weight=weight, mask=mask)
-        case ResidualLoss():
-            assert head.corrected is not None
-            assert head.special is not None
-            mask = space_mask(objective.space, batch, tasks) & (head.computed & head.special)[:, None]
-            of = _dealt(mask.all(1), batch) if objective.shuffle else slice(None)
-            y, w = batch.labels[of][:, tasks], batch.weight[of][:, tasks]
-            return losses.binary(head.corrected[:, tasks], y, positive_weight=w, mask=mask)
-        case Distillation():
-            target, known = _teacher(objective, outputs, batch, tasks)
-            mask = space_mask(objective.space, batch, tasks) & head.computed[:, None] & known
-            return losses.distillation(head.logits[:, tasks], target, temperature=objective.temperature, mask=mask)
-        case Pairwise():
-            return _pairwise(objective, head, batch, tasks)
-        case Imitation():
-            return _imitation(objective, outputs, batch, tasks)
-        case AdaptiveContrastive():
-            return losses.adaptive_contrastive(
-                *contrastive_arguments(objective, outputs, batch, task_names),
-                temperature=objective.temperature,
-                delta=objective.delta,
-                adaptive=objective.adaptive,
-                weigh_as=_dealt(stage_mask(objective.space, batch.stages), batch) if objective.shuffle else None,
-            )
+    return objective.term(outputs, batch, task_indices(objective, batch, task_names))
 
 
-def contrastive_arguments(
-    objective: AdaptiveContrastive, outputs: Outputs, batch: Batch, task_names: Sequence[str]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Logits, positives, negatives `[N, T]`, features `[N, F]` and offsets: what the loss is called with."""
-    tasks, head = _task_indices(objective, batch, task_names), outputs[objective.head]
-    assert head.features is not None
-    return (
-        head.logits[:, tasks],
-        space_mask(objective.winners, batch, tasks),
-        space_mask(objective.space, batch, tasks),
-        head.features,
-        batch.offsets,
-    )
-
-
-def _task_indices(objective: _Common, batch: Batch, task_names: Sequence[str]) -> Tensor:
-    names = objective.tasks or tuple(task_names)
+def task_indices(objective: Objective, batch: Batch, task_names: Sequence[str]) -> Tensor:
+    """The places of the objective's tasks (none named: of all) among `task_names`: int64 [T']."""
+    names = (objective.tasks if isinstance(objective, _Common) else ()) or tuple(task_names)
     return torch.tensor([list(task_names).index(name) for name in names], device=batch.item.device)
-
-
-def _pairwise(objective: Pairwise, head: HeadOutput, batch: Batch, tasks: Tensor) -> LossTerm:
-    known = head.computed[:, None]
-    weight = torch.ones_like(batch.weight[:, tasks])
-    for token, value in objective.winner_weights.items():
-        weight = torch.where(space_mask([token], batch, tasks), value, weight)
-    return losses.pairwise(
-        head.logits[:, tasks],
-        priorities(batch, tasks),
-        batch.offsets,
-        winner=space_mask(objective.winners or objective.space, batch, tasks) & known,
-        loser=space_mask(objective.space, batch, tasks) & known,
-        weight=weight,
-    )
-
-
-def _imitation(objective: Imitation, outputs: Outputs, batch: Batch, tasks: Tensor) -> LossTerm:
-    head = outputs[objective.head]
-    target, known = _teacher(objective, outputs, batch, tasks)
-    inside = stage_mask(objective.space, batch.stages) & head.computed & known.all(1)
-    offsets = torch.nn.functional.pad(inside.cumsum(0), (1, 0))[batch.offsets]
-    loss = {"list_net": losses.list_net, "list_mle": losses.list_mle, "soft_pairwise": losses.soft_pairwise}
-    return loss[objective.loss](head.logits[inside][:, tasks], target[inside], offsets)
-
-
-def _teacher(
-    objective: Distillation | Imitation, outputs: Outputs, batch: Batch, tasks: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The teacher's logits and where it has some, both `[N, T']`."""
-    if objective.teacher == "logged":
-        logits = batch.scores[:, tasks]
-        known = ~logits.isnan()
-        logits = logits.nan_to_num()  # 0 where masked: a NaN there would still reach the gradient
-    else:
-        teacher = outputs[objective.teacher]
-        logits = teacher.logits[:, tasks]
-        known = teacher.computed[:, None].expand_as(logits)
-    if objective.shuffle:
-        inside = stage_mask(objective.space, batch.stages) & outputs[objective.head].computed & known.all(1)
-        logits = logits[_dealt(inside, batch)]
-    return logits, known
-
-
-def _dealt(member: Tensor, batch: Batch) -> Tensor:
-    """A random permutation of the members `[N]` of each request, everyone else in place: int64 [N]."""
-    index = member.nonzero().flatten()
-    order = index[torch.rand(len(index), device=index.device).argsort()]
-    order = order[batch.row[order].argsort(stable=True)]
-    return torch.arange(len(member), device=index.device).index_put((index,), order)
-
-
-def _multi_class(objective: MultiClass, head: HeadOutput, batch: Batch, tasks: Tensor) -> LossTerm:
-    """Per task every impression is a row, its request's vector the query, against all eligible items.
-
-    A weighted task's positives weigh their value and what was merely shown nothing (RRA Eq 4).
-    """
-    assert head.user is not None
-    assert head.pool is not None
-    pool, terms = head.pool, []
-    shown = objective.shown_weight * ~batch.weighted
-    for task in tasks.tolist():
-        seen = stage_mask(("exposed",), batch.stages) & batch.observed[:, task] & (pool.target >= 0)
-        candidate = seen.nonzero().flatten()
-        weight = batch.weight[candidate, task].where(batch.positive[candidate, task], shown[task])
-        row, target = batch.row[candidate], pool.target[candidate]
-        over = objective.space, objective.log_q, objective.hard
-        terms.append(softmax_over_pool(head.user[:, task], pool, row, target, weight, *over))
-    return LossTerm(torch.stack([t.total for t in terms]), torch.stack([t.count for t in terms]))
-
-
-def _item_views(objective: ItemViews, views: Views) -> LossTerm:
-    """Each item's first view against all items' second ones; one that is there twice is no negative of itself."""
-    target = views.target
-    if objective.shuffle:  # a permutation of this rank's targets, so none is another's twice
-        target = target[torch.randperm(len(target), device=target.device)]
-    term = losses.info_nce(views.first, views.second, target, item_ids=views.item, temperature=objective.temperature)
-    return LossTerm(term.total.reshape(1), term.count.reshape(1))

@@ -22,8 +22,9 @@ from joint.data.sampling import Candidates
 from joint.experiment import Task
 from joint.features import Plan
 from joint.keys import Key
-from joint.objectives import head_spaces, stage_mask
+from joint.objectives import head_spaces
 from joint.schema import Stage, table_rows
+from joint.spaces import stage_mask
 
 NO_LIMIT: Mapping[str, float] = {}
 

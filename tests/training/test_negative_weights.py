@@ -5,7 +5,7 @@ import torch
 
 import losses
 from joint.negative_weights import negative_weights
-from joint.objectives import contrastive_arguments
+from joint.objectives import task_indices
 from joint.task import build_task
 from towers.mixtures import set_step
 
@@ -18,7 +18,7 @@ def test_means_by_stage_task_and_user_group(configure, assemble, group):
     outputs = task(batch)[1].outputs
     found = negative_weights(config, outputs, batch)
     objective = config.objectives["negatives"]
-    arguments = contrastive_arguments(objective, outputs, batch, list(config.tasks))
+    arguments = objective.arguments(outputs, batch, task_indices(objective, batch, list(config.tasks)))
     _, pairs = losses.adaptive_contrastive(*(x.detach() for x in arguments), return_weights=True)
     random = (batch.stages == 1)[pairs.negative]
     users = batch.group[batch.row]

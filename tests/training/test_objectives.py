@@ -22,11 +22,10 @@ from joint.objectives import (
     Pairwise,
     compute,
     head_spaces,
-    priorities,
-    space_mask,
 )
 from joint.outputs import HeadOutput, Pool
 from joint.schema import STAGES, Stage
+from joint.spaces import priorities, space_mask
 from joint.task import build_task
 from towers.mixtures import set_step
 
