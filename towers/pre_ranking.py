@@ -40,7 +40,7 @@ class PreRanking:
     fusion_of: dict[str, FusionOf] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_choice("kind", self.kind, "vector_product", "interaction", "mlp")
+        check_choice("kind", self.kind, *KINDS)
         check_counts(dim=self.dim)
         check_widths(cross_hidden=self.cross_hidden)
         check_fusion(self.fusion, self.fusion_by_group)
@@ -144,9 +144,15 @@ class MlpHead(nn.Module):
         return self.both.after_gate(gated).squeeze(2), gated[:, self.request_dim :]
 
 
+KINDS: dict[str, type[TwoTowerHead | MlpHead]] = {
+    "vector_product": TwoTowerHead,
+    "interaction": TwoTowerHead,
+    "mlp": MlpHead,
+}
+
+
 def build_pre_ranking(
     config: PreRanking, *, request_fields: Fields, item_fields: Fields, tasks: int, seed: int
 ) -> TwoTowerHead | MlpHead:
     """The head of a config. ValueError for a gate's prior that is none of the fields."""
-    kind = MlpHead if config.kind == "mlp" else TwoTowerHead
-    return kind(config, request_fields=request_fields, item_fields=item_fields, tasks=tasks, seed=seed)
+    return KINDS[config.kind](config, request_fields=request_fields, item_fields=item_fields, tasks=tasks, seed=seed)

@@ -2,15 +2,18 @@
 
 A fence says what it holds. `bash`: a shell reads the block, and what it would start is run in this process, smaller.
 `python`: run. `yaml`: resolved, as a config (over configs/joint.yaml unless it has a `base`), an ablation or a map.
-`json`: parsed. `text`: shown. `title="FILE"` also writes the block there. Commands in the text and in usage lines, with
-their placeholders, must exist with all the options that they name.
+`json`: parsed. `diff`: applied to a copy of the sources, which the page's further commands run. `text`: shown.
+`title="FILE"` also writes the block there. Commands in the text and in usage lines, with their placeholders, must exist
+with all the options that they name.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,7 +35,7 @@ from joint.data.flat.map import read_map
 ROOT = Path(__file__).parents[2]
 PAGES = {page.name: page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 NEEDS = dict.fromkeys(("compare.md", "funnel.md", "serving.md", "predict.md"), "quick_start.md")  # what it made
-LANGUAGES = {"bash", "python", "yaml", "json", "text"}
+LANGUAGES = {"bash", "python", "yaml", "json", "diff", "text"}
 NOT_RUN = {  # what no test can do here, and why
     "pip": "installs packages",
     "python3": "makes the environment",
@@ -99,6 +102,7 @@ class Reader:
         if name in NEEDS:
             self.read(NEEDS[name])
         scope: dict[str, object] = {}
+        changed: Path | None = None
         for block in blocks(name):
             assert block.language in LANGUAGES, f"{name}:{block.line}: say what the block holds"
             if block.title:
@@ -106,11 +110,14 @@ class Reader:
             if block.language == "bash":
                 for argv in said(block.text, self.folder):
                     if argv not in self.ran:  # another page has the same command
-                        run(*module_of(argv))
+                        run(*module_of(argv), sources=changed)
                     self.ran.append(argv)
+            elif block.language == "diff":
+                changed = changed or copy_of_sources(self.folder / "changed")
+                apply(block.text, changed)
             elif block.language == "python":
                 exec(compile(block.text, f"{name}:{block.line}", "exec"), scope)
-            elif block.language == "yaml":
+            elif block.language == "yaml" and not changed:
                 self.resolve(name, block)
             elif block.language == "json":
                 json.loads(block.text)
@@ -139,13 +146,37 @@ def said(script: str, folder: Path) -> Iterator[list[str]]:
         yield call.split("\0")
 
 
-def run(command: str, arguments: list[str]) -> None:
-    """Run a command as its page says, smaller; of `compare`, which trains for hours, only the plan is made."""
+def copy_of_sources(folder: Path) -> Path:
+    """The program, to be changed."""
+    for package in ("joint", "losses", "towers"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "ruff.toml", folder)
+    return folder
+
+
+def apply(diff: str, sources: Path) -> None:
+    """Change the sources; they must still pass the linter."""
+    for command in (["git", "apply", "--recount", "-"], ["ruff", "check", "."], ["ruff", "format", "--check", "."]):
+        tool = [sys.executable, "-m"] * (command[0] == "ruff")
+        done = subprocess.run([*tool, *command], input=diff, cwd=sources, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def run(command: str, arguments: list[str], *, sources: Path | None) -> None:
+    """Run a command as its page says, smaller; of `compare`, which trains for hours, only the plan is made.
+
+    With changed `sources` it needs a process of its own.
+    """
     if command in NOT_RUN or command.split(".")[0] in NOT_RUN:
         return
     assert command in COMMANDS, f"no command {command}"
     if command == "compare":
         planned(arguments)
+        return
+    if sources:
+        call = [sys.executable, "-m", f"joint.{command}", *smaller(command, arguments)]
+        done = subprocess.run(call, env=os.environ | {"PYTHONPATH": str(sources)}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [command, *smaller(command, arguments)])
