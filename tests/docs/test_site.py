@@ -31,6 +31,15 @@ def test_every_page_and_every_file_that_pages_link_to_is_there(site: Path) -> No
     assert 'href="../recflow.html"' in (site / "benchmarks/index.html").read_text()
 
 
+def test_links_of_the_readme_lead_somewhere() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)(?:#([^)]*))?\)", (ROOT / "README.md").read_text())
+    assert len(links) > 20
+    assert not [target for target, _ in links if not (ROOT / target).exists()]
+    headings = {t: re.findall(r"^#+ (.*)$", (ROOT / t).read_text(), re.M) for t, anchor in links if anchor}
+    slugs = {t: [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in of] for t, of in headings.items()}
+    assert not [(target, anchor) for target, anchor in links if anchor and anchor not in slugs[target]]
+
+
 def test_the_site_fetches_nothing_from_elsewhere(site: Path) -> None:
     fetched = {str(match) for page in site.rglob("*.html") for match in FETCHED.findall(page.read_text())}
     assert not fetched
