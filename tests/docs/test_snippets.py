@@ -225,9 +225,9 @@ def test_what_a_page_names_is_there(name: str) -> None:
             continue
         if command == "make":
             assert set(arguments) - {"…"} <= {"EXTRA=gpu", *TARGETS}, line
-        elif command.startswith("benchmarks."):
-            assert (ROOT / f"{command.replace('.', '/')}.py").is_file(), line
+        elif command not in COMMANDS:  # a module that is no command of `joint`
+            name = command if command.startswith("benchmarks.") else f"joint.{command}"
+            assert (ROOT / f"{name.replace('.', '/')}.py").is_file(), line
         else:
-            assert command in COMMANDS, line
             known = options_of(command, arguments)
             assert not [option for option in arguments if option.startswith("--") and option not in known], line
