@@ -44,7 +44,7 @@ def opening(
             f"heads {', '.join(heads_of(config))}; {len(plan.tables)} tables of {rows:,} rows "
             f"({table_bytes / 2**20:.1f} MiB), {dense:,} dense parameters; {begin}",
             *collision_lines(plan),
-            *aligned(_cost_cells(costs)),
+            *aligned(cost_cells(costs)),
             *(f"no objective trains the {head} head" for head in heads_of(config) if head not in trained),
         ]
     )
@@ -59,7 +59,8 @@ def collision_lines(plan: Plan) -> list[str]:
     ]
 
 
-def _cost_cells(costs: Mapping[str, Cost]) -> list[list[str]]:
+def cost_cells(costs: Mapping[str, Cost]) -> list[list[str]]:
+    """The table of what heads cost, its heading first."""
     heading = ["multiply-adds", "a request", "an item", "a candidate", "parameters"]
     return [heading] + [
         [head, f"{c.request:,}", f"{c.item:,}" if c.item else "-", f"{c.candidate:,}", f"{c.parameters:,}"]

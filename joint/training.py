@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torchrec.optim.keyed import CombinedOptimizer
 
 from joint import checkpoint
 from joint.checkpoint import Saver
@@ -68,10 +69,7 @@ def train(config: Config, dataset: Dataset, *, continues: Path | None = None) ->
             model.train()
             while progress.step < total and not batches.stopping:
                 began = time.perf_counter()
-                # Everything random in a step follows from (seed, step, rank), so a resumed run repeats it.
-                torch.manual_seed(zlib.crc32(f"{config.run.seed}/{progress.step}/{rank()}".encode()))
-                set_step(model, progress.step)
-                rates = set_learning_rates(optimizer, config.optimizer, progress.step)
+                rates = begin_step(model, optimizer, config, progress.step)
                 output = pipeline.progress(batches)
                 batch = output.batch
                 reporter.step(
@@ -107,6 +105,16 @@ def train(config: Config, dataset: Dataset, *, continues: Path | None = None) ->
             evaluator.reference = reference_of(config, dataset, device)
             report(run, config, evaluator.full(config.evaluation.test), reporter, progress.step)
         reporter.close()
+
+
+def begin_step(model: nn.Module, optimizer: CombinedOptimizer, config: Config, step: int) -> dict[str, float]:
+    """Set what a step depends on beside its batch and the weights; returns the learning rates.
+
+    Everything random in a step follows from (seed, step, rank), so a resumed run repeats it.
+    """
+    torch.manual_seed(zlib.crc32(f"{config.run.seed}/{step}/{rank()}".encode()))
+    set_step(model, step)
+    return set_learning_rates(optimizer, config.optimizer, step)
 
 
 def report(run: RunDirectory, config: Config, measured: Measured, reporter: Reporter, step: int) -> None:
