@@ -46,6 +46,7 @@ def check(config: Config, dataset: Dataset, *, ranks: int | None = None, continu
     Raises:
         UserError: what `joint.train` would raise up to its first steps.
     """
+    torch.set_num_threads(config.train.threads)
     with process_group() as device:
         if continues:
             open_before(continues, config, dataset.schema)
@@ -158,7 +159,7 @@ def _price_lines(plan: Plan, loader: Loader, tried: Tried, checkpoint: int) -> I
             f"{total} for all {steps:,} steps, without evaluation",
         ],
     )
-    threads = f"{torch.get_num_threads()} thread(s) a rank"
+    threads = f"{train.threads} thread(s) a rank"
     yield _line(
         "device", [torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", threads, train.precision]
     )

@@ -78,6 +78,11 @@ def highlights(config: Config, found: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {found[name]:.4f}" for name in names if name in found)
 
 
+def tables(config: Config, found: Mapping[str, float]) -> str:
+    """What was measured of a model: its heads, funnel and baselines; below, how near students are to their teacher."""
+    return "\n\n".join(filter(None, (table(config, found), alignment_table(config, found))))
+
+
 def table(config: Config, found: Mapping[str, float]) -> str:
     """Heads, funnel and baselines by recall, AUC and reverse rate; then the funnel, stage by stage."""
     baselines = dict.fromkeys("/".join(name.split("/")[:2]) for name in found if name.startswith("baselines/"))

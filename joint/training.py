@@ -30,7 +30,7 @@ from joint.pipeline import build_pipeline
 from joint.reporting import Reporter
 from joint.run import RunDirectory, make_run, open_run, write_metrics
 from joint.stopping import Together, stop_signal
-from joint.summary import highlights, opening, table
+from joint.summary import highlights, opening, tables
 from joint.task import build_task
 from towers.mixtures import routing, set_step
 
@@ -40,6 +40,7 @@ def train(config: Config, dataset: Dataset, *, continues: Path | None = None) ->
 
     A run without a checkpoint of its own starts from that of the run `continues`, if one is given.
     """
+    torch.set_num_threads(config.train.threads)
     with process_group() as device, stop_signal() as asked:
         scores = dataset.predictions.hash if dataset.predictions else ""
         run = open_run(config, dataset.schema, scores, continues=continues)
@@ -122,7 +123,7 @@ def report(run: RunDirectory, config: Config, measured: Measured, reporter: Repo
     if rank() == 0:
         write_metrics(run, measured.numbers, measured.requests)
     reporter.numbers(step, {f"test/{name}": value for name, value in measured.numbers.items()})
-    reporter.say(table(config, measured.numbers))
+    reporter.say(tables(config, measured.numbers))
 
 
 def routing_numbers(model: nn.Module) -> dict[str, float]:
