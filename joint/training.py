@@ -11,6 +11,7 @@ from torch import nn
 from torchrec.optim.keyed import CombinedOptimizer
 
 from joint import checkpoint
+from joint.charts import charts
 from joint.checkpoint import Saver
 from joint.continuing import open_before
 from joint.cost import cost_numbers, head_costs
@@ -18,6 +19,7 @@ from joint.data.assemble import Assembler
 from joint.data.dataset import Dataset
 from joint.data.loader import Loader
 from joint.data.order import Position
+from joint.data.planted.truth import FOLDER as TRUTH
 from joint.distributed import process_group, rank, sum_over_ranks, world_size
 from joint.evaluation import Measured, evaluator_of
 from joint.experiment import Config
@@ -57,6 +59,7 @@ def train(config: Config, dataset: Dataset, *, continues: Path | None = None) ->
         if rank() == 0:  # only now that everything could be built
             make_run(run, config, dataset.schema, scores, continues=continues)
         reporter = Reporter(run, total_steps=total, resumed_from=progress.step)
+        reporter.charts(charts(config, planted=(dataset.directory / TRUTH).exists()))
         costs = head_costs(model.module.dense.model)
         if config.train.fast_lookup and (trouble := use_fast_lookup(model)):
             reporter.say(trouble)
