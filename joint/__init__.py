@@ -1,8 +1,8 @@
 """A joint retrieval / pre-ranking / ranking trainer.
 
 Only the thread settings live here, because they must be in the environment before torch is loaded: one thread a
-process (ranks are the unit of parallelism) and no spinning between parallel regions, which on a busy machine
-costs more than the arithmetic.
+process (ranks are the unit of parallelism; a run has those of its config, `train.threads`) and no spinning between
+parallel regions, which on a busy machine costs more than the arithmetic.
 """
 
 import os

@@ -9,6 +9,7 @@ randomness is a function of (seed, step, rank). Checkpoints are trusted files: t
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import threading
 import warnings
@@ -271,6 +272,19 @@ def _remove(path: Path) -> None:
     """Under another name first: half removed, it must not pass for whole."""
     if path.exists():
         shutil.rmtree(path.rename(path.with_name(f".{path.name}.removed")))
+
+
+def size_of(model: DistributedModelParallel, optimizer: CombinedOptimizer) -> int:
+    """Bytes of all ranks' tensors in a checkpoint."""
+
+    def count(value: Any) -> int:
+        if isinstance(value, dict):
+            return sum(count(child) for child in value.values())
+        if isinstance(value, ShardedTensor):
+            return math.prod(value.size()) * value.dtype.itemsize
+        return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+
+    return count(_state(model, optimizer))
 
 
 def _state(model: DistributedModelParallel, optimizer: CombinedOptimizer | None) -> dict[str, Any]:

@@ -43,8 +43,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
         ConfigError: one line per mistake, all of them.
     """
     tree = settings.read(path, overrides)
-    config = settings.decode(tree, Config)
-    settings.raise_at(tree, list(mistakes(config)))
+    config, problems = settings.attempt(tree, Config)
+    settings.raise_all([*problems, *settings.at(tree, mistakes(config) if config else ())])
+    assert config is not None
     return config, tree
 
 
@@ -69,9 +70,11 @@ def mistakes(config: Config) -> Iterator[Mistake]:
         yield "data.train", f"names {config.evaluation.test}, which evaluation.test measures on, or a part twice"
     quotas = config.evaluation.quotas
     first = "retrieval" if "retrieval" in heads else ""  # without it the funnel is over the logged candidates
-    if quotas and list(quotas) != [head for head in HEADS if head in quotas or head == first]:
+    if not {*quotas} <= {*heads}:
+        yield from unknown_names("evaluation.quotas", list(quotas), list(heads), "head")
+    elif quotas and list(quotas) != [head for head in HEADS if head in quotas or head == first]:
         yield "evaluation.quotas", f"expected in the funnel's order, from retrieval on; found {', '.join(quotas)}"
-    if list(quotas.values()) != sorted(quotas.values(), reverse=True):
+    elif list(quotas.values()) != sorted(quotas.values(), reverse=True):
         yield "evaluation.quotas", "a head cannot keep more than the one before it left"
     reserved, kept = sum(pool.quota for pool in config.evaluation.pools.values()), quotas.get("retrieval", 0)
     if reserved > kept:
@@ -81,7 +84,6 @@ def mistakes(config: Config) -> Iterator[Mistake]:
     stages = [*STAGES]
     yield from unknown_names("data.candidates", list(config.data.candidates), stages, "stage")
     yield from unknown_names("evaluation.task", [config.evaluation.task], list(config.tasks), "task")
-    yield from unknown_names("evaluation.quotas", list(config.evaluation.quotas), list(heads), "head")
     yield from unknown_names("evaluation.whole_catalogue", config.evaluation.whole_catalogue, list(heads), "head")
     if "random" in config.data.candidates and config.data.candidates["random"] == "all":
         yield "data.candidates.random", "expected a number of draws, found 'all'"

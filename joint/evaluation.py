@@ -34,6 +34,7 @@ from joint.logged_metrics import State, against_negatives, logged_metrics
 from joint.metrics import PerRequest
 from joint.outputs import Outputs
 from joint.pools import recall_by_pool
+from joint.progress import progress
 from joint.ranks import pool_ranks, ranks, request_sums
 from joint.reference import baseline_metrics
 from towers.retrieval import Retrieval
@@ -165,13 +166,14 @@ class Evaluator:
 
     def _chunks(self, split: str) -> Iterator[Requests]:
         """This rank's requests in pieces; every rank gets as many pieces, the last of them maybe without requests."""
-        size = self.config.data.requests_per_batch
-        for parts in self.assembler.dataset.parts([split]).values():
-            for part in parts:
-                requests = self.assembler.dataset.read(part, further=self.assembler.dataset.schema.orders)
+        size, dataset = self.config.data.requests_per_batch, self.assembler.dataset
+        with progress(None, f"measuring {split}", unit="request", total=dataset.schema.requests(split)) as bar:
+            for part in (part for parts in dataset.parts([split]).values() for part in parts):
+                requests = dataset.read(part, further=dataset.schema.orders)
                 for start in range(0, len(requests), size):
-                    mine = np.arange(start, min(start + size, len(requests)))[rank() :: world_size()]
-                    yield requests.take(mine)
+                    mine = np.arange(start, min(start + size, len(requests)))
+                    yield requests.take(mine[rank() :: world_size()])
+                    bar.update(len(mine))
 
     def run(
         self, requests: Requests, candidates: Candidates, scoring: Collection[str], *, with_corpus: bool = False
@@ -326,7 +328,7 @@ class Evaluator:
             rows = np.arange(start, min(start + step, len(requests)))
             if world_size() == 1 and not len(rows):
                 break
-            chosen, known = requests.take(rows), _take(candidates, rows)
+            chosen, known = requests.take(rows), candidates.take(rows)
             items = self.eligibility.eligible(chosen)
             batch, outputs = self.run(chosen, unlabelled(items, self.assembler.dataset.schema.labels), heads)
             relevant = torch.from_numpy(self._is_relevant(items, known)).to(self.device)
@@ -385,12 +387,6 @@ def _measured(states: States, seen: dict[str, list[np.ndarray]]) -> Measured:
     for name, state in ratios.items():
         requests |= {f"{name}.total": state.total.numpy(), f"{name}.count": state.count.numpy()}
     return Measured(numbers, requests)
-
-
-def _take(candidates: Candidates, rows: np.ndarray) -> Candidates:
-    index = Ragged(np.arange(len(candidates.stages)), candidates.items.offsets).take(rows).values
-    labels = {name: values[index] for name, values in candidates.labels.items()}
-    return Candidates(candidates.items.take(rows), candidates.stages[index], labels)
 
 
 def evaluator_of(model: DistributedModelParallel, assembler: Assembler, device: torch.device) -> Evaluator:

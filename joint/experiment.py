@@ -216,7 +216,8 @@ class Train:
     """How often a run speaks and saves, in steps, and looks at its validation part, in epochs (0: never).
 
     `precision` is that of the matrix products of encoders and heads in training; tables, logits, losses and evaluation
-    are float32. `fast_lookup` changes no number, only time, on CPU (`joint.fast_lookup`).
+    are float32. `fast_lookup` changes no number, only time, on CPU (`joint.fast_lookup`). `threads` may change the last
+    digits, since sums are cut elsewhere: so it is said here, and OMP_NUM_THREADS of the environment is not asked.
     """
 
     log_every: int = 10  # steps between lines and points of the log
@@ -226,9 +227,11 @@ class Train:
     evaluate_every_epochs: int = 1  # 0: never
     precision: Literal["float32", "bfloat16"] = "float32"
     fast_lookup: bool = True
+    threads: int = 1  # of a rank, for arithmetic on the CPU
 
     def __post_init__(self) -> None:
         _at_least(1, log_every=self.log_every, checkpoint_every=self.checkpoint_every, keep=self.keep)
+        _at_least(1, threads=self.threads)
         _at_least(0, evaluate_every_epochs=self.evaluate_every_epochs)
 
 

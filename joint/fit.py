@@ -6,14 +6,49 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from joint import settings
-from joint.config import Mistake, unknown_names
+from joint.config import Mistake, mistakes, unknown_names
 from joint.data.dataset import Dataset
 from joint.data.predictions import Predictions, open_predictions, scored
+from joint.errors import DataError
 from joint.experiment import Config, Data, Encoder, heads_of, logged_scores
 from joint.objectives import ItemViews, MultiClass
 from joint.schema import NEVER, STAGES, Feature, Schema, read_schema
 from towers.retrieval import Retrieval
 from towers.sequence import SelfAttention, TargetAttention
+
+MOST_SAID = 8  # mistakes that are said in full before anything runs
+
+
+def load_fitting(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, Dataset]:
+    """Read an experiment and open its dataset: what is wrong with either, or with both together, is said at once.
+
+    Raises:
+        ConfigError: one line per mistake; of those after the first few their places.
+    """
+    tree = settings.read(path, overrides)
+    config, problems = settings.attempt(tree, Config)
+    dataset = None
+    if config is not None:
+        found = list(mistakes(config))
+        told = {path for path, _ in found}  # by the config alone: what the dataset has to say of them would be the same
+        dataset, unread = _open(config.data)
+        found += [(path, said) for path, said in misfits(config, dataset) if path not in told] if dataset else unread
+        problems += settings.at(tree, found)
+    settings.raise_all(problems, most=MOST_SAID)
+    assert config is not None
+    assert dataset is not None
+    return config, dataset
+
+
+def _open(data: Data) -> tuple[Dataset | None, list[Mistake]]:
+    """The dataset, or what is in the way."""
+    where = "data.scores"
+    try:
+        predictions = predictions_of(data)
+        where = "data.path"
+        return Dataset(data.path, predictions=predictions), []
+    except DataError as error:
+        return None, [(where, str(error))]
 
 
 def predictions_of(data: Data) -> Predictions | None:
@@ -44,6 +79,14 @@ def check_against(config: Config, tree: settings.Tree, schema: Schema, *, traini
     settings.raise_at(tree, [*_misfits(config, schema), *(_unscored(config, schema) if training else ())])
 
 
+def misfits(config: Config, dataset: Dataset) -> Iterator[Mistake]:
+    """What a config to be trained names that its dataset lacks: (dotted path, message)."""
+    yield from _misfits(config, dataset.schema)
+    yield from _unscored(config, dataset.schema)
+    yield from _unknown_groups(config, dataset)
+    yield from _empty_windows(config, dataset)
+
+
 def _unscored(config: Config, schema: Schema) -> Iterator[Mistake]:
     wanted = logged_scores(config)
     for name, task in config.tasks.items():
@@ -53,22 +96,27 @@ def _unscored(config: Config, schema: Schema) -> Iterator[Mistake]:
 
 def check_groups(config: Config, tree: settings.Tree, dataset: Dataset) -> None:
     """ConfigError where a head has fusion weights for a user group that no request of the dataset is of."""
+    settings.raise_at(tree, list(_unknown_groups(config, dataset)))
+
+
+def _unknown_groups(config: Config, dataset: Dataset) -> Iterator[Mistake]:
     named = {
         f"heads.{name}.fusion_by_group.{g}": int(g) for name, h in heads_of(config).items() for g in h.fusion_by_group
     }
     if named:
         last = dataset.largest_group()
-        wrong = [path for path, group in named.items() if group > last]
-        settings.raise_at(tree, [(path, f"the dataset's user groups go from 0 to {last}") for path in wrong])
+        said = f"the dataset's user groups go from 0 to {last}"
+        yield from ((path, said) for path, group in named.items() if group > last)
 
 
-def check_windows(config: Config, tree: settings.Tree, dataset: Dataset) -> None:
-    """ConfigError where a softmax is over a window of ranks that the pool does not reach: it would train nothing."""
+def _empty_windows(config: Config, dataset: Dataset) -> Iterator[Mistake]:
+    """A softmax over a window of ranks that the pool does not reach would train nothing."""
+    if config.data.pool not in dataset.first_day:
+        return
     items = int((dataset.first_day[config.data.pool] < NEVER).sum())
-    windows = {name: o.hard for name, o in config.objectives.items() if isinstance(o, MultiClass) and o.hard}
-    wrong = [name for name, (first, _) in windows.items() if first >= items]
-    said = f"begins after the last item; the pool has {items:,}"
-    settings.raise_at(tree, [(f"objectives.{name}.hard", said) for name in wrong])
+    for name, objective in config.objectives.items():
+        if isinstance(objective, MultiClass) and objective.hard and objective.hard[0] >= items:
+            yield f"objectives.{name}.hard", f"begins after the last item; the pool has {items:,}"
 
 
 def _misfits(config: Config, schema: Schema) -> Iterator[Mistake]:

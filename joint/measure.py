@@ -20,7 +20,7 @@ from joint.features import Plan
 from joint.fit import check_against, check_groups
 from joint.model import JointModel
 from joint.run import RunDirectory, write_metrics
-from joint.summary import alignment_table, table
+from joint.summary import tables
 from joint.task import build_task
 
 
@@ -54,6 +54,7 @@ def open_model(
     check_groups(config, tree, dataset)
     run.check_dataset(dataset.schema)
     plan = Plan(config, dataset.schema)
+    torch.set_num_threads(config.train.threads)
     with process_group() as device:
         model = build_task(plan, device)
         progress = checkpoint.load_latest(run.checkpoints, model)
@@ -97,6 +98,4 @@ def evaluate_run(path: Path, split: str | None, overrides: Sequence[str] = ()) -
             if split == config.evaluation.test and not overrides:
                 write_metrics(run, found.numbers, found.requests)
             seen = " (which it was trained on)" if split in config.data.train else ""
-            print(f"{run.path}, step {step}, on {split}{seen}:\n{table(config, found.numbers)}")
-            if aligned := alignment_table(config, found.numbers):
-                print(f"\n{aligned}")
+            print(f"{run.path}, step {step}, on {split}{seen}:\n{tables(config, found.numbers)}")

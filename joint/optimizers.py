@@ -11,10 +11,15 @@ from torchrec.optim.optimizers import SGD, Adagrad, Adam, in_backward_optimizer_
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from joint.errors import ConfigError
-from joint.experiment import Optimizer
+from joint.experiment import Optimizer, TableOptimizer
 
 TABLE_OPTIMIZERS = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": Adagrad, "sgd": SGD, "adam": Adam}
 DENSE_OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
+def state_of_row(config: TableOptimizer, dim: int) -> int:
+    """Floats that the tables' optimizer keeps for every row of `dim` weights."""
+    return {"rowwise_adagrad": 1, "adagrad": dim, "sgd": 0, "adam": 2 * dim}[config.kind]
 
 
 def optimize_tables_in_backward(tables: nn.Module, config: Optimizer, *, device: str) -> None:

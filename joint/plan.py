@@ -77,7 +77,7 @@ def report(plan: Any, asked: argparse.Namespace) -> Iterator[str]:
 
     ranks, device, memory = asked.world_size, asked.device, asked.hbm if asked.device == "cuda" else asked.ddr
     topology = topology_of(device, ranks=ranks, ranks_per_machine=asked.ranks_per_machine, hbm=asked.hbm, ddr=asked.ddr)
-    options = _planned(plan, topology, memory)
+    options = planned(plan, topology)
     share = max(1, plan.config.data.requests_per_batch // ranks)
     yield f"{ranks} ranks on {device}, {_gb(memory)} each; {share} requests a rank and step"
     yield from _table_lines(options)
@@ -87,28 +87,60 @@ def report(plan: Any, asked: argparse.Namespace) -> Iterator[str]:
     yield from _time_lines(options, ranks)
 
 
-def _planned(plan: Any, topology: Any, memory: int) -> list[Any]:
+def planned(plan: Any, topology: Any) -> list[Any]:
+    """TorchRec's choice for every table on these machines, the table of the most bytes first.
+
+    Raises:
+        ConfigError: no plan fits, with the bytes that are needed and those that are there.
+    """
     from torch import nn
     from torchrec.distributed.planner.types import PlannerError
 
     from joint.errors import ConfigError
-    from joint.optimizers import optimize_tables_in_backward
+    from joint.optimizers import optimize_tables_in_backward, state_of_row
     from joint.sharding import RESERVED, planner_of, sharder_of
     from towers.embeddings import SharedEmbeddings
 
     module = nn.ModuleDict({"embeddings": SharedEmbeddings(plan.tables, device="meta")})
-    optimize_tables_in_backward(module, plan.config.optimizer, device=topology.compute_device)
+    optimizer = plan.config.optimizer
+    optimize_tables_in_backward(module, optimizer, device=topology.compute_device)
     found, ranks = Found(), topology.world_size
     try:
         planner_of(plan, topology, [found]).plan(module, [sharder_of(topology.compute_device)])
     except PlannerError as error:
-        needed = sum(4 * table.rows * (table.dim + 1) for table in plan.tables)
+        needed = sum(4 * table.rows * (table.dim + state_of_row(optimizer.tables, table.dim)) for table in plan.tables)
+        storage = topology.devices[0].storage
+        memory = storage.hbm if topology.compute_device == "cuda" else storage.ddr
         raise ConfigError(
-            f"no plan fits: rows and row-wise Adagrad take {_gb(needed)}, and {ranks} ranks of {_gb(memory)} have "
-            f"{_gb(int(ranks * memory * (1 - RESERVED)))} after the {RESERVED:.0%} that is kept free; "
+            f"no plan fits: rows and {optimizer.tables.kind} take {_gb(needed)}, and {ranks} ranks of {_gb(memory)} "
+            f"have {_gb(int(ranks * memory * (1 - RESERVED)))} after the {RESERVED:.0%} that is kept free; "
             "take more ranks, fewer rows, row_wise tables or tables.NAME.memory: uvm_caching"
         ) from error
     return sorted(found.options, key=lambda option: -sum(_bytes(shard) for shard in option.shards))
+
+
+def rows_by_rank(plan: Any, *, device: str, ranks: int) -> dict[str, list[int]]:
+    """Table -> the rows that each of so many ranks holds in training: by rule, or as the planner that is asked finds.
+
+    Raises:
+        ConfigError: a table cannot be sharded as its settings say.
+    """
+    from joint.sharding import by_rule, topology_here
+
+    if any(table.sharding == "planner" for table in plan.table_settings.values()):
+        options = planned(plan, topology_here(device, ranks=ranks))
+        shards = {option.name: [(shard.rank, shard.size[0]) for shard in option.shards] for option in options}
+    else:
+        rows = {table.name: table.rows for table in plan.tables}
+        placed = by_rule(plan, device=device, ranks=ranks)
+        shards = {name: [(rank, rows[name])] for name, rank in placed.items() if rank is not None}
+        for name in (name for name, rank in placed.items() if rank is None):
+            block = -(-rows[name] // ranks)
+            shards[name] = [(rank, min(block, rows[name] - rank * block)) for rank in range(ranks)]
+    return {
+        table.name: [sum(n for of, n in shards[table.name] if of == rank) for rank in range(ranks)]
+        for table in plan.tables
+    }
 
 
 def _table_lines(options: Sequence[Any]) -> Iterator[str]:

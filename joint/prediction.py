@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from joint import __version__
 from joint.data.dataset import Dataset, file_hash
@@ -23,6 +22,7 @@ from joint.distributed import rank
 from joint.errors import ConfigError, DataError
 from joint.measure import Opened, open_model
 from joint.predictor import Predictor
+from joint.progress import progress
 from joint.run import RunDirectory
 from joint.schema import SPLITS, Part, Schema
 from joint.versions import installed_versions
@@ -142,7 +142,7 @@ def _write(predictor: Predictor, parts: Sequence[Part], folder: Path) -> list[st
     """Write the files of all parts, blocks of row groups at a time; returns the hashes of those of scores."""
     dataset, hashes = predictor.evaluator.assembler.dataset, []
     total = sum(part.rows for part in parts)
-    with tqdm(total=total, desc="predicting", unit="request", disable=None if rank() == 0 else True) as bar:
+    with progress(None, "predicting", unit="request", total=total) as bar:
         for part in parts:
             paths = folder / "scores" / part.path, folder / "top" / part.path
             with _PartFile(paths[0], part) as scores, _PartFile(paths[1], part) as top:

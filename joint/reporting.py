@@ -42,6 +42,11 @@ class Reporter:
             self.log.write(text + "\n")
             self.log.flush()
 
+    def charts(self, layout: Mapping[str, Mapping[str, list[object]]]) -> None:
+        """Lay out TensorBoard's tab Custom Scalars (`joint.charts`)."""
+        if self.speaks:
+            self.board.add_custom_scalars(layout)
+
     def step(
         self,
         losses: Mapping[str, torch.Tensor],

@@ -31,6 +31,18 @@ from joint.files import write_whole
 from joint.schema import Schema
 
 MOST_SAID = 10  # keys that a message names
+# No variable of the environment is an input of a run; those that libraries under it may heed are kept for the record.
+READ_BY_LIBRARIES = (
+    "OMP_",
+    "MKL_",
+    "OPENBLAS_",
+    "ATEN_",
+    "DNNL_",
+    "ONEDNN_",
+    "CUBLAS_",
+    "NVIDIA_TF32",
+    "TORCH_ALLOW_TF32",
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,7 @@ class RunDirectory:
 
     @property
     def environment(self) -> Path:
-        """Versions, machine, threads, ranks and the dataset's hash, of the first start."""
+        """Versions, machine, threads, dtypes, seed, ranks and the dataset's hash, of the first start."""
         return self.path / "environment.json"
 
     @property
@@ -202,6 +214,10 @@ def _environment(config: Config, schema: Schema, continues: Path | None) -> dict
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "ranks": world_size(),
         "threads_per_rank": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "seed": config.run.seed,
+        "dtypes": {"tables": "float32", "parameters": "float32", "products": config.train.precision},
+        "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(READ_BY_LIBRARIES)},
         "versions": versions,
         "dataset": schema.hash,
         "days": schema.days(config.data.train, config.data.days),

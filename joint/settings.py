@@ -23,10 +23,12 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from omegaconf import FloatNode, IntegerNode
 
 from joint import sources
-from joint.sources import Problems, Tree, find, merge, near_miss, place, raise_all, raise_at, read, suggest
+from joint.sources import Problems, Tree, at, find, merge, near_miss, place, raise_all, raise_at, read, suggest
 
 __all__ = [
     "Tree",
+    "at",
+    "attempt",
     "decode",
     "differences",
     "dump",
@@ -34,11 +36,13 @@ __all__ = [
     "near_miss",
     "place",
     "plain",
+    "raise_all",
     "raise_at",
     "read",
 ]
 
 T = TypeVar("T")
+_NOTHING = object()  # what stands for a value that could not be built
 
 
 def decode(tree: Tree, cls: type[T]) -> T:
@@ -54,14 +58,25 @@ def decode(tree: Tree, cls: type[T]) -> T:
     Raises:
         ConfigError: with every mistake.
     """
-    problems: Problems = []
-    value = _decode(tree, cls, "", problems)
+    value, problems = attempt(tree, cls)
     raise_all(problems)
+    assert value is not None
     return value
 
 
+def attempt(tree: Tree, cls: type[T]) -> tuple[T | None, Problems]:
+    """`decode` for who has more to check: every mistake, and the value without what is wrong, if that is one.
+
+    An unknown key and a wrong value are left out where nothing else hangs on them: the key has no section below it, the
+    field a default. Otherwise the value is None.
+    """
+    problems: Problems = []
+    value = _decode(tree, cls, "", problems)
+    return None if value is _NOTHING else value, problems
+
+
 def _decode(tree: Tree, hint: Any, path: str, problems: Problems) -> Any:
-    """The value; where there is none, problems are added and it stands for nothing."""
+    """The value, or `_NOTHING`; what is wrong is added to the problems."""
     try:
         return _value(tree, hint, path, problems)
     except ValueError as error:
@@ -69,6 +84,7 @@ def _decode(tree: Tree, hint: Any, path: str, problems: Problems) -> Any:
             word = line.split(" ")[0]
             message = line if not path else f"{path}.{line}" if word.endswith(":") else f"{path}: {line}"
             problems.append((find(tree, word.rstrip(":")).place, message))
+        return _NOTHING
 
 
 def _value(tree: Tree, hint: Any, path: str, problems: Problems) -> Any:
@@ -124,16 +140,17 @@ def _convert(tree: Tree, kind: Any) -> Any:
     raise ValueError
 
 
-def _items(tree: Tree, kinds: tuple[Any, ...], path: str, problems: Problems) -> tuple[Any, ...]:
+def _items(tree: Tree, kinds: tuple[Any, ...], path: str, problems: Problems) -> Any:
     if kinds[-1] is Ellipsis:
         kinds = kinds[:1] * len(tree.value)
     if len(kinds) != len(tree.value):
         raise ValueError(f"expected {len(kinds)} items, found {len(tree.value)}")
     pairs = enumerate(zip(tree.value, kinds, strict=True))
-    return tuple(_decode(item, kind, _join(path, index), problems) for index, (item, kind) in pairs)
+    items = tuple(_decode(item, kind, _join(path, index), problems) for index, (item, kind) in pairs)
+    return _NOTHING if _NOTHING in items else items
 
 
-def _entries(tree: Tree, hint: Any, path: str, problems: Problems) -> dict[str, Any]:
+def _entries(tree: Tree, hint: Any, path: str, problems: Problems) -> Any:
     entries = {}
     for key, child in tree.value.items():
         if child.value is not None or type(None) in _kinds(hint):
@@ -141,7 +158,7 @@ def _entries(tree: Tree, hint: Any, path: str, problems: Problems) -> dict[str, 
         elif not child.removes:
             others = [other for other in tree.value if other != key]
             problems.append((child.place, f"{_join(path, key)}: nothing to remove{near_miss(key, others)}"))
-    return entries
+    return _NOTHING if _NOTHING in entries.values() else entries
 
 
 def _tagged(tree: Tree, classes: Sequence[Any]) -> Any:
@@ -167,18 +184,24 @@ def _tags(classes: Sequence[Any]) -> tuple[str, dict[str, Any]]:
 
 def _fields(tree: Tree, cls: Any, path: str, problems: Problems) -> Any:
     known, hints = {item.name: item for item in fields(cls)}, get_type_hints(cls)
-    before, values = len(problems), {}
+    values, whole = {}, True
     for key, child in tree.value.items():
         if key not in known and not child.removes:
             problems.append((child.place, f"{_join(path, key)}: unknown key{near_miss(key, known)}"))
+            whole &= not isinstance(child.value, dict)
     for name, item in known.items():
         child, kinds = tree.value.get(name), _kinds(hints[name])
+        needed = item.default is MISSING and item.default_factory is MISSING
         if child and (child.value is not None or type(None) in kinds):
-            values[name] = _decode(child, hints[name], _join(path, name), problems)
-        elif item.default is MISSING and item.default_factory is MISSING:
+            value = _decode(child, hints[name], _join(path, name), problems)
+            if value is not _NOTHING:
+                values[name] = value
+            whole &= value is not _NOTHING or not (needed or isinstance(child.value, dict))
+        elif needed:
             message = f"{_join(path, name)}: missing; expected {_expected(kinds)}"
             problems.append(((child or tree).place, message))
-    return cls(**values) if len(problems) == before else None
+            whole = False
+    return cls(**values) if whole else _NOTHING
 
 
 def dump(value: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -41,11 +40,11 @@ def shard(module: nn.Module, plan: Plan, *, device: torch.device) -> Distributed
     """
     sharders = [sharder_of(device.type)]
     if any(table.sharding == "planner" for table in plan.table_settings.values()):
-        planner = planner_of(plan, _topology_here(device), [])
+        planner = planner_of(plan, topology_here(device.type, ranks=world_size()), [])
         assert dist.group.WORLD is not None
         found = planner.collective_plan(module, sharders, dist.group.WORLD)
     else:
-        found = _plan_by_rule(module, plan.table_settings, device)
+        found = _plan_by_rule(module, plan, device)
     return DistributedModelParallel(module, device=device, plan=found, sharders=sharders)
 
 
@@ -69,24 +68,30 @@ def sharding_of(table: str, rows: int, settings: Table, *, device: str, ranks: i
     return kind
 
 
-def _plan_by_rule(module: nn.Module, settings: Mapping[str, Table], device: torch.device) -> ShardingPlan:
-    """Row-wise tables on all ranks, the others in turn, the largest first."""
-    plan, turn = ShardingPlan(plan={}), 0
+def by_rule(plan: Plan, *, device: str, ranks: int) -> dict[str, int | None]:
+    """Table -> its rank, None for all of them: row-wise tables, and the others in turn, by width, the largest first."""
+    placed: dict[str, int | None] = {}
+    turn = 0
+    for table in sorted(plan.tables, key=lambda table: (table.dim, -table.rows)):
+        kind = sharding_of(table.name, table.rows, plan.table_settings[table.name], device=device, ranks=ranks)
+        placed[table.name] = None if kind == "row_wise" else turn % ranks
+        turn += kind != "row_wise"
+    return placed
+
+
+def _plan_by_rule(module: nn.Module, plan: Plan, device: torch.device) -> ShardingPlan:
+    placed, found = by_rule(plan, device=device.type, ranks=world_size()), ShardingPlan(plan={})
     for name, collection in module.embeddings.collections.items():  # type: ignore[union-attr,operator]
         parts = {}
-        for table in sorted(collection.embedding_configs(), key=lambda t: -t.num_embeddings * t.embedding_dim):
-            given = settings[table.name]
-            kernel = KERNELS[given.memory]
-            kind = sharding_of(table.name, table.num_embeddings, given, device=device.type, ranks=world_size())
-            if kind == "row_wise":
-                parts[table.name] = row_wise(compute_kernel=kernel)
-            else:
-                parts[table.name] = table_wise(rank=turn % world_size(), compute_kernel=kernel)
-                turn += 1
-        plan.plan[f"embeddings.collections.{name}"] = construct_module_sharding_plan(
+        held = {config.name for config in collection.embedding_configs()}
+        for table, rank in ((table, rank) for table, rank in placed.items() if table in held):
+            kernel = KERNELS[plan.table_settings[table].memory]
+            by_rank = row_wise(compute_kernel=kernel) if rank is None else table_wise(rank=rank, compute_kernel=kernel)
+            parts[table] = by_rank
+        found.plan[f"embeddings.collections.{name}"] = construct_module_sharding_plan(
             collection, parts, sharder_of(device.type), world_size(), world_size(), device.type
         )
-    return plan
+    return found
 
 
 def topology_of(device: str, *, ranks: int, ranks_per_machine: int, hbm: int, ddr: int | None = None) -> Topology:
@@ -102,10 +107,11 @@ def topology_of(device: str, *, ranks: int, ranks_per_machine: int, hbm: int, dd
     )
 
 
-def _topology_here(device: torch.device) -> Topology:
-    hbm = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    return topology_of(device.type, ranks=world_size(), ranks_per_machine=machine, hbm=hbm)
+def topology_here(device: str, *, ranks: int) -> Topology:
+    """So many ranks, each on a device like this one."""
+    hbm = torch.cuda.get_device_properties(torch.device(device)).total_memory if device == "cuda" else 0
+    machine = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    return topology_of(device, ranks=ranks, ranks_per_machine=machine, hbm=hbm)
 
 
 def planner_of(plan: Plan, topology: Topology, stats: list[Stats]) -> EmbeddingShardingPlanner:

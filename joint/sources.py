@@ -16,6 +16,8 @@ import yaml
 
 from joint.errors import ConfigError
 
+MOST_KNOWN = 16  # names that a message lists
+
 
 @dataclass(frozen=True, order=True)
 class Place:
@@ -185,22 +187,32 @@ def find(tree: Tree, path: str) -> Tree:
     return tree
 
 
+def at(tree: Tree, problems: Iterable[tuple[str, str]]) -> Problems:
+    """(dotted path, message) pairs, each at its place in `tree`."""
+    return [(find(tree, path).place, f"{path}: {text}" if path else text) for path, text in problems]
+
+
 def raise_at(tree: Tree, problems: Iterable[tuple[str, str]]) -> None:
     """Raise one ConfigError for (dotted path, message) pairs, each at its place in `tree`, if any."""
-    raise_all([(find(tree, path).place, f"{path}: {text}" if path else text) for path, text in problems])
+    raise_all(at(tree, problems))
 
 
-def raise_all(problems: Problems) -> None:
-    """Raise one ConfigError for all problems, in the order of their places, if any."""
+def raise_all(problems: Problems, *, most: int | None = None) -> None:
+    """Raise one ConfigError for all problems, if any, in the order of their places; after `most` of them only these."""
     if problems:
         ordered = sorted(problems, key=lambda problem: problem[0])
-        raise ConfigError("\n".join(f"{place.text}: {message}" for place, message in ordered))
+        lines = [f"{place.text}: {message}" for place, message in ordered]
+        if more := ordered[most:] if most else []:
+            places = ", ".join(dict.fromkeys(place.text for place, _ in more))
+            lines[most:] = [f"… and {len(more)} more, at {places}"]
+        raise ConfigError("\n".join(lines))
 
 
 def near_miss(word: str, known: Iterable[str]) -> str:
     """'; did you mean X?' for the one of `known` that is close to `word`, or else '; known: A, B, C'."""
     known = list(known)
-    return suggest(word, known) or ("; known: " + ", ".join(known) if known else "")
+    said = [*known[:MOST_KNOWN], *(["…"] if len(known) > MOST_KNOWN else [])]
+    return suggest(word, known) or ("; known: " + ", ".join(said) if said else "")
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -44,7 +44,7 @@ def opening(
             f"heads {', '.join(heads_of(config))}; {len(plan.tables)} tables of {rows:,} rows "
             f"({table_bytes / 2**20:.1f} MiB), {dense:,} dense parameters; {begin}",
             *collision_lines(plan),
-            *aligned(_cost_cells(costs)),
+            *aligned(cost_cells(costs)),
             *(f"no objective trains the {head} head" for head in heads_of(config) if head not in trained),
         ]
     )
@@ -59,7 +59,8 @@ def collision_lines(plan: Plan) -> list[str]:
     ]
 
 
-def _cost_cells(costs: Mapping[str, Cost]) -> list[list[str]]:
+def cost_cells(costs: Mapping[str, Cost]) -> list[list[str]]:
+    """The table of what heads cost, its heading first."""
     heading = ["multiply-adds", "a request", "an item", "a candidate", "parameters"]
     return [heading] + [
         [head, f"{c.request:,}", f"{c.item:,}" if c.item else "-", f"{c.candidate:,}", f"{c.parameters:,}"]
@@ -75,6 +76,11 @@ def highlights(config: Config, found: Mapping[str, float]) -> str:
     names += [f"{head}/auc/{task}" for head in heads_of(config)]
     names += ["alignment/reverse_rate/fused", *(name for name in found if re.match("funnel/(?!lost/)", name))]
     return "  ".join(f"{name} {found[name]:.4f}" for name in names if name in found)
+
+
+def tables(config: Config, found: Mapping[str, float]) -> str:
+    """What was measured of a model: its heads, funnel and baselines; below, how near students are to their teacher."""
+    return "\n\n".join(filter(None, (table(config, found), alignment_table(config, found))))
 
 
 def table(config: Config, found: Mapping[str, float]) -> str:

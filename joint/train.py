@@ -1,4 +1,4 @@
-"""`torchrun -m joint.train CONFIG [key=value ...]` (or `python -m joint.train`): train, resume, and evaluate."""
+"""`torchrun -m joint.train CONFIG [key=value ...] [--check]`, or `python -m …`: train, resume, and evaluate."""
 
 from __future__ import annotations
 
@@ -20,20 +20,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--continue", dest="continues", type=Path, metavar="RUN", help="begin where another run ended, on later days"
     )
+    parser.add_argument("--check", action="store_true", help="try some steps and say what the run would be; no file")
+    parser.add_argument("--world-size", type=int, metavar="N", help="with --check: where N ranks would hold the tables")
     parsed = parser.parse_intermixed_args(arguments)
+    if parsed.world_size is not None and (not parsed.check or parsed.world_size < 1):
+        parser.error("--world-size is a number of ranks, 1 or more, and goes with --check")
     check_versions()
     # Imported only now: with a wrong combination of versions these imports fail, and less clearly.
-    from joint.config import load_config
-    from joint.data.dataset import Dataset
-    from joint.fit import check_against, check_groups, check_windows, predictions_of
+    from joint.check import check
+    from joint.fit import load_fitting
     from joint.training import train
 
-    config, tree = load_config(parsed.config, parsed.overrides)
-    dataset = Dataset(config.data.path, predictions=predictions_of(config.data))
-    check_against(config, tree, dataset.schema)
-    check_groups(config, tree, dataset)
-    check_windows(config, tree, dataset)
-    train(config, dataset, continues=parsed.continues)
+    config, dataset = load_fitting(parsed.config, parsed.overrides)
+    if parsed.check:
+        check(config, dataset, ranks=parsed.world_size, continues=parsed.continues)
+    else:
+        train(config, dataset, continues=parsed.continues)
     return 0
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torchrec.optim.keyed import CombinedOptimizer
 
 from joint import checkpoint
+from joint.charts import charts
 from joint.checkpoint import Saver
 from joint.continuing import open_before
 from joint.cost import cost_numbers, head_costs
@@ -17,6 +19,7 @@ from joint.data.assemble import Assembler
 from joint.data.dataset import Dataset
 from joint.data.loader import Loader
 from joint.data.order import Position
+from joint.data.planted.truth import FOLDER as TRUTH
 from joint.distributed import process_group, rank, sum_over_ranks, world_size
 from joint.evaluation import Measured, evaluator_of
 from joint.experiment import Config
@@ -29,7 +32,7 @@ from joint.pipeline import build_pipeline
 from joint.reporting import Reporter
 from joint.run import RunDirectory, make_run, open_run, write_metrics
 from joint.stopping import Together, stop_signal
-from joint.summary import highlights, opening, table
+from joint.summary import highlights, opening, tables
 from joint.task import build_task
 from towers.mixtures import routing, set_step
 
@@ -39,6 +42,7 @@ def train(config: Config, dataset: Dataset, *, continues: Path | None = None) ->
 
     A run without a checkpoint of its own starts from that of the run `continues`, if one is given.
     """
+    torch.set_num_threads(config.train.threads)
     with process_group() as device, stop_signal() as asked:
         scores = dataset.predictions.hash if dataset.predictions else ""
         run = open_run(config, dataset.schema, scores, continues=continues)
@@ -55,6 +59,7 @@ def train(config: Config, dataset: Dataset, *, continues: Path | None = None) ->
         if rank() == 0:  # only now that everything could be built
             make_run(run, config, dataset.schema, scores, continues=continues)
         reporter = Reporter(run, total_steps=total, resumed_from=progress.step)
+        reporter.charts(charts(config, planted=(dataset.directory / TRUTH).exists()))
         costs = head_costs(model.module.dense.model)
         if config.train.fast_lookup and (trouble := use_fast_lookup(model)):
             reporter.say(trouble)
@@ -68,10 +73,7 @@ def train(config: Config, dataset: Dataset, *, continues: Path | None = None) ->
             model.train()
             while progress.step < total and not batches.stopping:
                 began = time.perf_counter()
-                # Everything random in a step follows from (seed, step, rank), so a resumed run repeats it.
-                torch.manual_seed(zlib.crc32(f"{config.run.seed}/{progress.step}/{rank()}".encode()))
-                set_step(model, progress.step)
-                rates = set_learning_rates(optimizer, config.optimizer, progress.step)
+                rates = begin_step(model, optimizer, config, progress.step)
                 output = pipeline.progress(batches)
                 batch = output.batch
                 reporter.step(
@@ -109,12 +111,22 @@ def train(config: Config, dataset: Dataset, *, continues: Path | None = None) ->
         reporter.close()
 
 
+def begin_step(model: nn.Module, optimizer: CombinedOptimizer, config: Config, step: int) -> dict[str, float]:
+    """Set what a step depends on beside its batch and the weights; returns the learning rates.
+
+    Everything random in a step follows from (seed, step, rank), so a resumed run repeats it.
+    """
+    torch.manual_seed(zlib.crc32(f"{config.run.seed}/{step}/{rank()}".encode()))
+    set_step(model, step)
+    return set_learning_rates(optimizer, config.optimizer, step)
+
+
 def report(run: RunDirectory, config: Config, measured: Measured, reporter: Reporter, step: int) -> None:
     """Write what the finished run measures on the test part, and show it."""
     if rank() == 0:
         write_metrics(run, measured.numbers, measured.requests)
     reporter.numbers(step, {f"test/{name}": value for name, value in measured.numbers.items()})
-    reporter.say(table(config, measured.numbers))
+    reporter.say(tables(config, measured.numbers))
 
 
 def routing_numbers(model: nn.Module) -> dict[str, float]:

@@ -13,6 +13,7 @@ from joint.auditing.chunks import chunks
 from joint.auditing.counts import LABEL_COUNTS, Counts, missing
 from joint.auditing.spaces import gaps, item_codes, newcomers, overlaps
 from joint.data.dataset import Dataset
+from joint.progress import progress
 from joint.schema import SPLITS
 
 Report = dict[str, Any]  # what `audit.json` holds
@@ -67,14 +68,16 @@ def _pass(dataset: Dataset, sample: int | None) -> tuple[Leaks, Counts]:
         leaks.add("items.parquet", found)
     counts.set_bins(next(chunks(dataset, max(parts, key=lambda part: part.rows))))
     # The later splits first: they are few and can be remembered while training is held against them.
-    for part in sorted(parts, key=lambda part: -SPLITS.index(part.split)):
-        for chunk in chunks(dataset, part):
-            for found in check_chunk(chunk, limits):
-                leaks.add(part.path, found)
-            for found in seen.exposures(chunk):
-                leaks.add(part.path, found)
-            seen.requests(chunk)
-            counts.add(chunk)
+    with progress(None, "auditing", unit="request", total=sum(part.rows for part in parts)) as bar:
+        for part in sorted(parts, key=lambda part: -SPLITS.index(part.split)):
+            for chunk in chunks(dataset, part):
+                for found in check_chunk(chunk, limits):
+                    leaks.add(part.path, found)
+                for found in seen.exposures(chunk):
+                    leaks.add(part.path, found)
+                seen.requests(chunk)
+                counts.add(chunk)
+                bar.update(len(chunk.requests))
     for file, found in seen.repeated():
         leaks.add(file, found)
     return leaks, counts

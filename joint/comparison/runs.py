@@ -130,12 +130,17 @@ def _begin(number: int, planned: Planned, blocked: str, code: str, source: Path,
 
 def _end(hand: InHand) -> Result:
     """Note how a run ended."""
-    hand.lock.close()
-    seconds = read_json(notes_file(hand.run)).get("seconds", 0.0) + time.monotonic() - hand.began
-    note(hand.run, seconds=round(seconds, 2))
+    _note_seconds(hand)
     if hand.process.returncode:
         note(hand.run, failed=f"exit code {hand.process.returncode}: {_last_line(output_file(hand.run))}")
     return read_result(hand.planned)
+
+
+def _note_seconds(hand: InHand) -> None:
+    """Leave a run to others, and add its time in hand to what it took before; one just begun has no notes of that."""
+    hand.lock.close()
+    seconds = read_json(notes_file(hand.run)).get("seconds", 0.0) + time.monotonic() - hand.began
+    note(hand.run, seconds=round(seconds, 2))
 
 
 def _stop(active: Sequence[InHand], progress: Progress) -> None:
@@ -150,8 +155,7 @@ def _stop(active: Sequence[InHand], progress: Progress) -> None:
         except (subprocess.TimeoutExpired, KeyboardInterrupt):
             hand.process.kill()
             hand.process.wait()
-        hand.lock.close()
-        note(hand.run, seconds=round(read_json(notes_file(hand.run))["seconds"] + time.monotonic() - hand.began, 2))
+        _note_seconds(hand)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from joint.data.ragged import Ragged, draw
 from joint.data.requests import Column, Requests
 from joint.data.vocabulary import ragged_vocabulary_ids, vocabulary_ids
 from joint.errors import DataError
+from joint.progress import progress
 from joint.schema import SPLITS, Feature, History, Schema, Stage
 
 POSITIVE = 4.0
@@ -116,7 +117,7 @@ def _requests(
     timestamp = events.timestamp.to_numpy()[starts]
     request_id = draw(users.user_id.to_numpy()[events.user.to_numpy()[starts]], starts).astype(np.int64)
     order = np.lexsort((request_id, timestamp))
-    for begin in range(0, len(order), CHUNK):
+    for begin in progress(range(0, len(order), CHUNK), f"writing {split}", unit="chunk"):
         rows = order[begin : begin + CHUNK]
         user = events.user.to_numpy()[starts[rows]]
         candidates = _cut(events.item.to_numpy(np.int32), starts[rows], lengths[rows])

@@ -31,6 +31,12 @@ class Candidates:
         labels = {name: values[mask] for name, values in self.labels.items()}
         return Candidates(self.items.keep(mask), self.stages[mask], labels)
 
+    def take(self, rows: np.ndarray) -> Candidates:
+        """Those of these requests, in this order."""
+        index = Ragged(np.arange(len(self.stages)), self.items.offsets).take(rows).values
+        labels = {name: values[index] for name, values in self.labels.items()}
+        return Candidates(self.items.take(rows), self.stages[index], labels)
+
 
 def unlabelled(items: Ragged, labels: tuple[str, ...], stage: Stage = Stage.RANDOM) -> Candidates:
     """Candidates of which nothing is known: sampled ones, or a whole catalogue to be scored."""

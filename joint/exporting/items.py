@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from joint.data.ragged import Ragged
 from joint.data.requests import Column, Requests, to_arrow
 from joint.keys import Reads
+from joint.progress import progress
 from joint.schema import first_day_column
 from joint.serving.inputs import Arrays, blocks, item_inputs
 from joint.serving.items import FEATURE
@@ -24,7 +25,10 @@ def item_vectors(graph: Path, reads: Reads, catalogue: Mapping[str, Column], row
     """`v [N, D]` and `pi [N, ...]` of these rows of the catalogue, by the exported graph."""
     session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    parts = [session.run(names, item_inputs(reads, catalogue, rows[part])) for part in blocks(len(rows), BLOCK)]
+    parts = [
+        session.run(names, item_inputs(reads, catalogue, rows[part]))
+        for part in progress(blocks(len(rows), BLOCK), "item vectors", unit="block")
+    ]
     return {name: np.concatenate([part[place] for part in parts]) for place, name in enumerate(names)}
 
 

@@ -157,6 +157,25 @@ def test_an_interrupt_loses_nothing_but_the_run_in_hand_which_is_asked_to_save(a
     assert started() == SIX[2:]
 
 
+def test_an_interrupt_of_a_run_whose_notes_are_gone_still_ends_in_order(ablation, trainer, capsys):
+    trainer({"snr/seed-0": "slow"})
+    folder = Path("runs/ablation/snr/seed-0")
+
+    def impatient(seconds: float, wait: Callable[[float], None] = time.sleep) -> None:
+        wait(seconds)
+        if (folder / "train.log").exists() and (folder / "compare.json").exists():
+            wait(0.3)  # until the stand-in takes signals
+            (folder / "compare.json").unlink()
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.time, "sleep", impatient)
+        with pytest.raises(KeyboardInterrupt):
+            run(ablation)
+    assert (folder / "saved").exists()
+    assert read_json(folder / "compare.json")["seconds"] > 0
+
+
 def test_a_run_that_another_comparison_has_in_hand_is_left_to_it(ablation, trainer, started, capsys):
     folder = Path("runs/ablation/snr/seed-0")
     folder.mkdir(parents=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import joint
 from joint import checkpoint, commands
@@ -52,17 +53,37 @@ def test_one_process_needs_no_torchrun_and_evaluate_repeats_its_table(tiny_file,
     code, out, err = finish(start("-m", "joint.train", str(tiny_file), "data.epochs=1"))
     assert code == 0, err
     assert "Warning" not in err
-    table = out[out.index("             recall@3") :]
-    assert "share of the like positives left: retrieval keeps 20" in table
+    tables = out[out.index("             recall@3") :]
+    assert "share of the like positives left: retrieval keeps 20" in tables
     run = tmp_path / "runs" / "tiny"
-    assert table in (run / "train.log").read_text()
+    assert tables in (run / "train.log").read_text()
     written = (run / "eval.json").read_bytes()
     (run / "eval.json").unlink()
     code, out, err = finish(start("-m", "joint.evaluate", str(run)))
     aligned = alignment_table(load_config(run / "config.yaml")[0], json.loads(written))
     assert aligned
-    assert (code, out) == (0, f"{run}, step 8, on test:\n{table}\n{aligned}\n"), err
+    assert tables.endswith(f"\n\n{aligned}\n")
+    assert (code, out) == (0, f"{run}, step 8, on test:\n{tables}"), err
     assert (run / "eval.json").read_bytes() == written
+
+
+def test_threads_are_those_of_the_config_whatever_the_environment_says(tiny_file, tmp_path):
+    measured = []
+    before = torch.get_num_threads()
+    try:
+        for name, outside in (("one", 1), ("other", 2)):
+            torch.set_num_threads(outside)
+            assert main([str(tiny_file), "data.epochs=1", f"run.name={name}"]) == 0
+            said = json.loads((tmp_path / "runs" / name / "environment.json").read_text())
+            assert (said["threads_per_rank"], said["seed"]) == (1, 3)
+            assert said["dtypes"] == {"tables": "float32", "parameters": "float32", "products": "float32"}
+            measured.append((tmp_path / "runs" / name / "eval.json").read_bytes())
+        assert measured[0] == measured[1]
+        torch.set_num_threads(1)
+        assert main([str(tiny_file), "data.epochs=1", "run.name=two", "train.threads=2"]) == 0
+        assert json.loads((tmp_path / "runs/two/environment.json").read_text())["threads_per_rank"] == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_weights_are_chosen_on_the_validation_part_and_measured_as_given(tiny_file, tmp_path):

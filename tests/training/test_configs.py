@@ -19,7 +19,7 @@ import torch
 import yaml
 
 import joint
-from joint import settings, sources
+from joint import first_steps, settings, sources
 from joint.comparison.ablation import read_ablation
 from joint.config import load_config
 from joint.data.assemble import Assembler
@@ -135,6 +135,17 @@ def test_a_config_trains_three_steps_and_measures_what_it_names(name: str, seen:
     for pattern in (*plan.ablation.metrics, plan.ablation.claim):
         anyone = re.sub(r"^group/\d+/", "group/*/", pattern)  # a tiny test day need not see every user group
         assert any(fnmatch(metric, anyone) for metric in found), f"no variant measures {pattern}"
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name not in ABLATIONS])
+def test_a_config_can_be_checked_before_it_is_run(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(first_steps, "TIMED", 1)
+    assert main([str(CONFIGS / name), "--check"]) == 0
+    out = capsys.readouterr().out
+    assert "no gradient reaches the" not in out
+    assert not Path("runs").exists()
 
 
 @pytest.fixture(scope="module")

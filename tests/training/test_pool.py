@@ -7,12 +7,10 @@ import pytest
 import torch
 
 from joint.batch import Batch
-from joint.config import load_config
 from joint.data.loader import Loader
 from joint.data.order import Position
 from joint.data.pool import PoolItems, sampled_items
-from joint.errors import ConfigError
-from joint.fit import check_windows
+from joint.fit import misfits
 from joint.objectives import compute
 from joint.pool import RATE, StreamingFrequency
 from joint.schema import NEVER
@@ -182,10 +180,9 @@ def test_a_rank_without_requests_brings_its_random_items_only():
 
 def test_a_window_of_ranks_begins_within_the_pool(tiny_file, assemble, configure):
     dataset = assemble.assembler(configure()).dataset
-    check_windows(*load_config(tiny_file, ["objectives.retrieve.hard=[60, 90]"]), dataset)
-    config, tree = load_config(tiny_file, ["objectives.retrieve.hard=[61, 90]"])
-    with pytest.raises(ConfigError, match=r"objectives.retrieve.hard: begins after the last item; the pool has 61"):
-        check_windows(config, tree, dataset)
+    assert not [*misfits(configure("objectives.retrieve.hard=[60, 90]"), dataset)]
+    found = [*misfits(configure("objectives.retrieve.hard=[61, 90]"), dataset)]
+    assert found == [("objectives.retrieve.hard", "begins after the last item; the pool has 61")]
 
 
 @pytest.mark.parametrize(

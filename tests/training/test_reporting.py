@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 
 from joint.reporting import Reporter
 from joint.run import RunDirectory
+from joint.train import main
 
 
 @pytest.fixture
@@ -59,6 +61,39 @@ def test_an_interval_is_the_mean_of_its_steps_and_counts_only_their_time(directo
     shown = r"step +2/10  student 1\.5000  total 3\.0000  \| 4 requests/s, 20 candidates/s, waiting 50%, .* left"
     assert re.fullmatch(shown, out.splitlines()[0])
     assert out.splitlines()[1].endswith("left  | 3 ids outside their table")
+
+
+def test_every_chart_shows_something_and_the_board_has_all_numbers(tiny_file, tmp_path):
+    """With learned weights of negatives, validation after an epoch, and the test part."""
+    weights = "objectives.negatives.space=[random]"
+    assert main([str(tiny_file), weights, "data.epochs=1"]) == 0
+    run = RunDirectory(tmp_path / "runs" / "tiny")
+    events = EventAccumulator(str(run.tensorboard)).Reload()
+    layout = layout_pb2.Layout()
+    (shown,) = events.Tensors("custom_scalars__config__")
+    layout.ParseFromString(shown.tensor_proto.string_val[0])
+    titles = [category.title for category in layout.category]
+    after, end = "by epoch, on valid", "at the end, on test"
+    assert titles == ["loss", after, end, "weights of negatives, by user group", "speed"]
+    names = events.Tags()["scalars"]
+    lines = {
+        f"{category.title}: {chart.title}": {n for n in names for tag in chart.multiline.tag if re.match(tag, n)}
+        for category in layout.category
+        for chart in category.chart
+    }
+    assert not [title for title, found in lines.items() if not found]
+    assert lines["loss: by objective"] == {
+        f"loss/{name}" for name in ("teacher", "student", "distill", "negatives", "retrieve")
+    }
+    heads = ("retrieval", "pre_ranking", "ranking")
+    assert lines[f"{end}: recall@3"] == {f"test/{head}/recall@3" for head in heads}
+    assert lines[f"{end}: AUC of like"] == {f"test/{head}/auc/like" for head in heads}
+    assert len(lines[f"{end}: positives left in the funnel"]) == 3
+    assert all(
+        re.search(r"/like/\d+$", name) for name in lines["weights of negatives, by user group: like, matching_ns"]
+    )
+    written = {(name, e["step"]) for e in lines_of(run) for name in e if name != "step"}
+    assert written == {(name, event.step) for name in names for event in events.Scalars(name)}
 
 
 def test_a_resumed_run_reports_nothing_twice(directory):

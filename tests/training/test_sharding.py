@@ -77,9 +77,7 @@ def test_a_plan_that_cannot_be_is_one_line(tiny_file, capsys):
     overrides = ["tables.item_id={dim: 8, rows: 1000000000}", "--world-size", "2", "--hbm", "10GB"]
     assert run_command(lambda: joint.plan.main([str(tiny_file), *overrides])) == 2
     err = capsys.readouterr().err
-    assert err.startswith(
-        "no plan fits: rows and row-wise Adagrad take 36.00 GB, and 2 ranks of 10.00 GB have 17.00 GB"
-    )
+    assert err.startswith("no plan fits: rows and rowwise_adagrad take 36.00 GB, and 2 ranks of 10.00 GB have 17.00 GB")
     assert err.count("\n") == 1
 
 

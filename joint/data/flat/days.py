@@ -8,10 +8,10 @@ from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from joint.data.dataset import DatasetWriter
 from joint.data.requests import Requests, from_arrow, to_arrow
+from joint.progress import progress
 
 PART = 32_768  # requests a file, at most
 
@@ -42,7 +42,7 @@ class DayFile:
 def write_days(folder: Path, writer: DatasetWriter, split_of: Mapping[str, str]) -> None:
     """Merge the files of each day into the dataset's, and remove them."""
     days = sorted(path.name for path in folder.iterdir())
-    for day in tqdm(days, desc="writing", unit="day", disable=None):
+    for day in progress(days, "writing", unit="day"):
         for requests in _merged(sorted((folder / day).iterdir())):
             writer.add(requests, day=day, split=split_of[day])
         for path in (folder / day).iterdir():

@@ -10,12 +10,12 @@ from zoneinfo import ZoneInfo
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from joint.data.flat.columns import Rows
 from joint.data.flat.map import LogHistory, LogMap, Stages, Table, Time, time_of
 from joint.data.problems import Problems
 from joint.errors import DataError, first_line
+from joint.progress import progress
 from joint.settings import Tree, near_miss, raise_at
 
 Role = Literal["id", "ids", "number", "vector", "flag", "time", "stamp", "word", "date or flag"]
@@ -54,7 +54,7 @@ class Source:
     def batches(self, problems: Problems, *, what: str) -> Iterator[tuple[int, Rows]]:
         """The rows of all files in turn, with the number of their file, under a progress bar called `what`."""
         columns = list(dict.fromkeys(wanted.column for wanted in self.wanted))
-        with tqdm(total=self.rows, desc=what, unit="row", unit_scale=True, disable=None) as bar:
+        with progress(None, what, unit="row", total=self.rows) as bar:
             for number, path in enumerate(self.files):
                 first = 0
                 for table in _tables(path, columns):

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from joint.data.flat.append import Old
 from joint.data.flat.histories import day_keys
@@ -16,6 +15,7 @@ from joint.data.flat.rows import Vocabularies
 from joint.data.flat.spill import Spill
 from joint.data.ragged import Ragged
 from joint.data.requests import Column, Requests
+from joint.progress import progress
 
 
 @dataclass
@@ -55,7 +55,7 @@ def starts_of(rows: Requests) -> np.ndarray:
 
 def in_buckets(job: Job, what: str) -> Iterator[tuple[int, Requests | None]]:
     """Every bucket of users, its requests in order of (start, request)."""
-    for bucket in tqdm(range(job.users.buckets), desc=what, unit="bucket", disable=None):
+    for bucket in progress(range(job.users.buckets), what, unit="bucket"):
         rows = job.users.read(bucket)
         if rows is not None:
             by = [rows.scalars(name) for name in ("log.tie", "log.time", "log.request", "log.start")]

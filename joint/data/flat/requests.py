@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from joint.data.flat.columns import MICRO, days_of
 from joint.data.flat.job import Job, see
@@ -16,6 +15,7 @@ from joint.data.flat.rows import ROW_BITS
 from joint.data.problems import Problems
 from joint.data.ragged import Ragged, draw
 from joint.data.requests import Requests, concatenate_requests
+from joint.progress import progress
 from joint.schema import NEVER, Stage
 
 
@@ -183,7 +183,7 @@ def _split_at_repeats(starts: np.ndarray, items: np.ndarray) -> np.ndarray:
 def gather_requests(job: Job, gather: Gather) -> None:
     """Rows by request -> checked requests by user; notes what was seen when."""
     job.exposed = np.full(len(gather.item_hash), NEVER, np.int32)
-    for bucket in tqdm(range(job.rows.buckets), desc="requests", unit="bucket", disable=None):
+    for bucket in progress(range(job.rows.buckets), "requests", unit="bucket"):
         rows = job.rows.read(bucket)
         if rows is not None and len(rows := gather(rows)):
             _note(job, rows)

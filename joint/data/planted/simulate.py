@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from joint.data.dataset import DatasetWriter
 from joint.data.planted.draw import START, World, draw_world
@@ -26,6 +25,7 @@ from joint.data.planted.truth import BLOCK, LABELS, LIST, Chances, Parameters, T
 from joint.data.ragged import Ragged, offsets_of
 from joint.data.requests import Column, Requests, concatenate_requests
 from joint.errors import ConfigError
+from joint.progress import progress
 from joint.schema import Feature, Schema, Stage, day_name
 from joint.settings import Tree, decode
 from joint.sources import Place
@@ -97,7 +97,7 @@ def simulate(
     ceilings: dict[str, float] = {}
     with writer:
         writer.items(simulation.world.catalogue)
-        for day in tqdm(range(p.days), desc="days", disable=None):
+        for day in progress(range(p.days), "simulating", unit="day"):
             split = {p.days - 2: "valid", p.days - 1: "test"}.get(day, "train")
             requests, reward = simulation.serve_day(day, whole=split != "train")
             writer.add(without_day(requests), day=day_name(START + day), split=split)

@@ -15,9 +15,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TypeVar
 
-from tqdm import tqdm
-
 from joint.errors import DataError
+from joint.progress import progress
 
 STATE = 2  # raised when unfinished work of an older program is of no use any more
 A = TypeVar("A")
@@ -44,13 +43,13 @@ def recorded(path: Path, key: list[object], work: Callable[[], B], still_good: C
 def in_parallel(work: Callable[[A], B], tasks: Sequence[A], jobs: int, title: str) -> list[B]:
     """`work` of every task, in order, by up to `jobs` processes; of several errors the first task's is raised."""
     if min(jobs, len(tasks)) <= 1:
-        return [work(task) for task in tqdm(tasks, title, unit="day", disable=None)]
+        return [work(task) for task in progress(tasks, title, unit="day")]
     context = multiprocessing.get_context("spawn")  # pyarrow's threads do not survive a fork
     pool = ProcessPoolExecutor(min(jobs, len(tasks)), context, initializer=_leave_with_parent)
     try:
         with _interrupts_ignored():
             results = [pool.submit(work, task) for task in tasks]
-        return [result.result() for result in tqdm(results, title, unit="day", disable=None)]
+        return [result.result() for result in progress(results, title, unit="day")]
     except BrokenProcessPool as error:
         raise DataError(
             f"{title}: a process was killed, perhaps for want of memory; the same command goes on (fewer --jobs?)"
