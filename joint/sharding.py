@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 
 import torch
@@ -17,7 +16,7 @@ from torchrec.distributed.planner.types import Stats
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise, table_wise
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
-from joint.distributed import world_size
+from joint.distributed import ranks_of_a_machine, world_size
 from joint.errors import ConfigError
 from joint.experiment import Table
 from joint.features import Key, Plan
@@ -84,7 +83,7 @@ def _plan_by_rule(module: nn.Module, settings: Mapping[str, Table], device: torc
                 parts[table.name] = table_wise(rank=turn % world_size(), compute_kernel=kernel)
                 turn += 1
         plan.plan[f"embeddings.collections.{name}"] = construct_module_sharding_plan(
-            collection, parts, sharder_of(device.type), world_size(), world_size(), device.type
+            collection, parts, sharder_of(device.type), ranks_of_a_machine(), world_size(), device.type
         )
     return plan
 
@@ -104,8 +103,7 @@ def topology_of(device: str, *, ranks: int, ranks_per_machine: int, hbm: int, dd
 
 def _topology_here(device: torch.device) -> Topology:
     hbm = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    return topology_of(device.type, ranks=world_size(), ranks_per_machine=machine, hbm=hbm)
+    return topology_of(device.type, ranks=world_size(), ranks_per_machine=ranks_of_a_machine(), hbm=hbm)
 
 
 def planner_of(plan: Plan, topology: Topology, stats: list[Stats]) -> EmbeddingShardingPlanner:
