@@ -1,74 +1,30 @@
-"""A GPU that is none, for `test_without_a_gpu`: `python pretended_gpu.py FOLDER < JOBS.json`, no test by itself.
+"""A GPU that is none, for `test_without_a_gpu`: `LD_PRELOAD=shim.so python pretended_gpu.py < JOBS`, no test itself.
 
 Tensors 'on the GPU' hold their numbers in host memory, so everything computes as ever. But they are tensors of device
 cuda:0 to PyTorch's own dispatcher, autograd and autocast, and what a real GPU would refuse is refused: an operation on
 tensors of both sides, a generator of the other side, a product of integers, a conversion to numpy. Tables stay on the
 CPU, since FBGEMM's CUDA kernels are not there; streams, pinned memory and NCCL are not covered either.
 
-FOLDER is for the compiled shim. The jobs: a list of [command, arguments], each the `main` of `joint.COMMAND`.
+The shim is `pretended_gpu.cpp`, loaded before PyTorch asks for what it gives. The jobs, as JSON: a list of [what,
+arguments], each the `main` of `joint.WHAT`, or `pytest`.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
-import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-# What a build of PyTorch without CUDA lacks: somebody to ask for the current device, streams and events.
-SHIM = """
-#include <ATen/detail/CUDAHooksInterface.h>
-#include <c10/core/impl/DeviceGuardImplInterface.h>
-namespace at {
-struct CUDAHooks : CUDAHooksInterface {
-  explicit CUDAHooks(CUDAHooksArgs) {}
-  bool hasCUDA() const override { return true; }
-  bool isBuilt() const override { return true; }
-  bool isAvailable() const override { return true; }
-  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
-  c10::DeviceIndex deviceCount() const override { return 1; }
-  c10::DeviceIndex getCurrentDevice() const override { return 0; }
-};
-REGISTER_CUDA_HOOKS(CUDAHooks)
-}
-using namespace c10;
-struct Guard : impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
-  Device getDevice() const override { return Device(DeviceType::CUDA, 0); }
-  Device exchangeDevice(Device) const override { return getDevice(); }
-  Stream getStream(Device) const noexcept override { return Stream(Stream::DEFAULT, getDevice()); }
-  Stream exchangeStream(Stream) const noexcept override { return getStream(getDevice()); }
-  void record(void**, const Stream&, const DeviceIndex, const EventFlag) const override {}
-  void block(void*, const Stream&) const override {}
-  bool queryEvent(void*) const override { return true; }
-};
-C10_REGISTER_GUARD_IMPL(CUDA, Guard);
-"""
-
-
-def load_shim(folder: Path) -> None:
-    """Compile the shim and load it, which has to be before PyTorch asks for such hooks for the first time."""
-    torch_folder = Path(sysconfig.get_path("purelib")) / "torch"
-    (folder / "shim.cpp").write_text(SHIM)
-    libraries = ["-L", str(torch_folder / "lib"), "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch_folder / 'lib'}"]
-    command = ["g++", "-shared", "-fPIC", "-std=c++20", "-I", str(torch_folder / "include")]
-    subprocess.run([*command, str(folder / "shim.cpp"), "-o", str(folder / "shim.so"), *libraries], check=True)
-    ctypes.CDLL(str(folder / "shim.so"))
-
-
-if __name__ == "__main__":
-    load_shim(Path(sys.argv[1]))
-
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
+import joint.distributed
 import joint.measure
 import joint.pipeline
 import joint.sharding
@@ -130,8 +86,9 @@ def computed(function: Any, arguments: Any, named: dict[str, Any]) -> Any:
         return None
     device = named.get("device")
     on_gpu = bool(ours) if device is None else torch.device(device).type == "cuda"
-    if on_gpu and (generator := named.get("generator")) is not None:
-        assert generator.device.type == "cuda", f"{function}: a generator of {generator.device}"
+    generator = named.get("generator")
+    if on_gpu and generator is not None and generator.device.type != "cuda":
+        raise RuntimeError(f"{function}: a generator of {generator.device} on a GPU")
     result = function(*tree_map(host, arguments), **tree_map(host, named))
     if not on_gpu:
         return result
@@ -141,7 +98,7 @@ def computed(function: Any, arguments: Any, named: dict[str, Any]) -> Any:
 
 def check(function: Any, arguments: Any, tensors: list[torch.Tensor], ours: list[OnGpu]) -> None:
     """RuntimeError for what a GPU would not do."""
-    if not ours or function in COPIES or function in INDEXING and isinstance(arguments[0], OnGpu):
+    if not ours or function in COPIES or (function in INDEXING and isinstance(arguments[0], OnGpu)):
         return
     if theirs := [x for x in tensors if not isinstance(x, OnGpu) and x.dim()]:  # a number may come from the host
         raise RuntimeError(f"{function}: on the GPU {[x.shape for x in ours]}, on the CPU {[x.shape for x in theirs]}")
@@ -191,12 +148,12 @@ def pretend() -> None:
     real_rows_of = joint.task.rows_of
     joint.task.rows_of = lambda looked_up: {key: rows.to(GPU) for key, rows in real_rows_of(looked_up).items()}
     joint.task.shard = shard
-    joint.sharding.DistributedModelParallel = partial(
-        joint.sharding.DistributedModelParallel, init_data_parallel=False
-    )
-    joint.training.process_group = joint.measure.process_group = process_group
+    joint.sharding.DistributedModelParallel = partial(joint.sharding.DistributedModelParallel, init_data_parallel=False)
+    for module in (joint.distributed, joint.training, joint.measure):
+        module.process_group = process_group
     joint.training.set_step = set_step
-    joint.training.build_pipeline = lambda model, optimizer, device: OnGpuPipeline(model, optimizer)
+    for module in (joint.pipeline, joint.training):
+        module.build_pipeline = lambda model, optimizer, device: OnGpuPipeline(model, optimizer)
     Batch.pin_memory = lambda batch: batch
     # Autocast asks for these two before it goes on by the rules that PyTorch has for CUDA.
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
@@ -208,12 +165,36 @@ def pretend() -> None:
 real_process_group, real_set_step = joint.training.process_group, joint.training.set_step
 
 
+def refusals() -> None:
+    """What could not be done on a GPU cannot be done here."""
+    there, here = torch.arange(4, device=GPU), torch.arange(4)
+    for wrong in (
+        lambda: there + here,
+        lambda: torch.cat([here, there]),
+        lambda: here[there],
+        lambda: torch.where(there > 1, there, here),
+        lambda: there.view(2, 2) @ there.view(2, 2),
+        lambda: torch.rand(3, device=GPU, generator=torch.Generator()),
+        lambda: torch.empty(3, device=GPU).uniform_(generator=torch.Generator()),
+        lambda: there.numpy(),
+    ):
+        with pytest.raises((RuntimeError, TypeError)):
+            wrong()
+    assert (there[here] + 1 == (there + torch.tensor(1)).cpu().to(GPU)).all()
+    assert there.device == GPU == torch.nn.Linear(2, 2).to("cuda").weight.device
+
+
 def main() -> None:
     pretend()
     with Pretending():
-        for command, arguments in json.load(sys.stdin):
-            sys.argv = [command, *arguments]
-            assert importlib.import_module(f"joint.{command}").main() == 0
+        refusals()
+        for what, arguments in json.load(sys.stdin):
+            if what == "pytest":
+                code = pytest.main(arguments)
+            else:
+                sys.argv = [what, *arguments]
+                code = importlib.import_module(f"joint.{what}").main()
+            assert code == 0, (what, arguments)
 
 
 if __name__ == "__main__":

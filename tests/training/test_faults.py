@@ -25,7 +25,7 @@ Starts = list[dict[str, object]]
 
 @pytest.fixture(scope="module")
 def killed(tiny_text, tmp_path_factory) -> Callable[..., tuple[Path, Starts, str]]:
-    """`killed(name, ranks, epochs, kills, timeout=…)`: the run directory, what became of every start, what they said."""
+    """`killed(name, ranks, epochs, kills, timeout=…)`: the run directory, what became of each start, what they said."""
     folder = tmp_path_factory.mktemp("faults")
     (folder / "tiny.yaml").write_text(tiny_text(folder / "runs"))
 

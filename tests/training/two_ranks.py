@@ -79,7 +79,9 @@ def main(number: int, folder: Path) -> None:
     trained(folder)
     saved_again(folder, "one", "one-by-two")
     config, _ = load_config(folder / "tiny.yaml")
-    predict(folder / "runs" / "one", Path(config.data.path), folder / "predicted-by-two", splits=["test"], heads=[], k=3)
+    predict(
+        folder / "runs" / "one", Path(config.data.path), folder / "predicted-by-two", splits=["test"], heads=[], k=3
+    )
     dist.barrier()
     dist.destroy_process_group()
 
