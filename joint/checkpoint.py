@@ -205,6 +205,8 @@ def load_latest(
     model.load_state_dict(state["model"])
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
+        # By which the tables' Adam mends its bias: FBGEMM counts it, and TorchRec keeps it in no state.
+        optimizer.set_optimizer_step(progress.step)
     return progress if rank() == 0 else Progress(progress.step, progress.position)
 
 

@@ -10,9 +10,11 @@ import time
 import warnings
 from collections.abc import Callable
 
-from joint.errors import UserError
+from joint.errors import UserError, first_line
 
 FIRST_RANK_SPEAKS = 30  # seconds that the other ranks leave it
+# What gloo says where a rank hangs, or has died.
+LOST = ("Timed out waiting", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 def run_command(main: Callable[[], int]) -> int:
@@ -39,6 +41,9 @@ def run_command(main: Callable[[], int]) -> int:
         print(f"{error.filename or 'a file'}: cannot be written ({os.strerror(error.errno)})", file=sys.stderr)
         return 2
     except Exception as error:
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST):
+            said = f"rank {os.environ.get('RANK', '0')}: another rank has died or does not answer"
+            print(f"{said} ({first_line(error)})", file=sys.stderr, flush=True)
         if "TORCHELASTIC_ERROR_FILE" in os.environ:  # a crash: torchrun shows the first one's message
             from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 

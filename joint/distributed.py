@@ -46,6 +46,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def ranks_of_a_machine() -> int:
+    """Number of ranks on this machine, by torchrun: a rank's GPU is its number modulo this."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
 def rank() -> int:
     """This rank; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0

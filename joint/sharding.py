@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 
 import torch
 import torch.distributed as dist
@@ -16,7 +15,7 @@ from torchrec.distributed.planner.types import Stats
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise, table_wise
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
-from joint.distributed import world_size
+from joint.distributed import ranks_of_a_machine, world_size
 from joint.errors import ConfigError
 from joint.experiment import Table
 from joint.features import Key, Plan
@@ -89,7 +88,7 @@ def _plan_by_rule(module: nn.Module, plan: Plan, device: torch.device) -> Shardi
             by_rank = row_wise(compute_kernel=kernel) if rank is None else table_wise(rank=rank, compute_kernel=kernel)
             parts[table] = by_rank
         found.plan[f"embeddings.collections.{name}"] = construct_module_sharding_plan(
-            collection, parts, sharder_of(device.type), world_size(), world_size(), device.type
+            collection, parts, sharder_of(device.type), ranks_of_a_machine(), world_size(), device.type
         )
     return found
 
@@ -110,7 +109,7 @@ def topology_of(device: str, *, ranks: int, ranks_per_machine: int, hbm: int, dd
 def topology_here(device: str, *, ranks: int) -> Topology:
     """So many ranks, each on a device like this one."""
     hbm = torch.cuda.get_device_properties(torch.device(device)).total_memory if device == "cuda" else 0
-    machine = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    machine = ranks_of_a_machine() if ranks == world_size() else ranks
     return topology_of(device, ranks=ranks, ranks_per_machine=machine, hbm=hbm)
 
 

@@ -3,8 +3,9 @@
 Every start is a fork of this process, which has imported everything: half a second in place of ten.
 
 The plan: `arguments` of `joint.train`, its `run` directory, the number of `ranks` and `kills`, a list of
-[step that some rank has reported, "now" or "saving", rank to kill]. Prints, for every start, the exit codes of the
-ranks (-9: killed) and the seconds that the others lived on.
+[step that some rank has reported, "now", "saving" or "hanging" (stopped, not killed), rank to kill]. `timeout`: seconds
+that ranks wait for one another. Prints, for every start, the exit codes of the ranks (-9: killed) and the seconds that
+the others lived on.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import signal
 import socket
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
+import joint.distributed
 import joint.train
 import joint.training
 from joint.commands import run_command
@@ -77,6 +80,7 @@ def ended(pids: list[int]) -> bool:
 
 def main(plan: dict[str, object]) -> list[dict[str, object]]:
     random.seed(0)
+    joint.distributed.TIMEOUT = timedelta(seconds=float(str(plan["timeout"])))
     run, ranks, starts = Path(str(plan["run"])), int(str(plan["ranks"])), []
     for kill in [*plan["kills"], None]:  # type: ignore[misc]
         port, said_before = free_port(), said(run)
@@ -84,8 +88,11 @@ def main(plan: dict[str, object]) -> list[dict[str, object]]:
         if kill:
             step, when, victim = kill
             wait_for(run, said_before, step, when, pids)
-            os.kill(pids[victim], signal.SIGKILL)
+            os.kill(pids[victim], signal.SIGSTOP if when == "hanging" else signal.SIGKILL)
         began = time.monotonic()
+        if kill and when == "hanging":
+            os.waitid(os.P_PID, pids[1 - victim], os.WEXITED | os.WNOWAIT)
+            os.kill(pids[victim], signal.SIGKILL)
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
         starts.append({"codes": codes, "seconds": time.monotonic() - began, "reached": reached(run)})
     return starts

@@ -8,6 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -21,6 +24,7 @@ from joint.data.order import Position
 from joint.distributed import process_group
 from joint.features import Plan
 from joint.optimizers import build_optimizer
+from joint.prediction import predict
 from joint.task import build_task
 from joint.train import main
 
@@ -153,6 +157,25 @@ def test_two_ranks_measure_what_one_measures(both):
     # Rows are summed in another order: two scores 1e-7 apart may change places, one pair in 10,000 of an AUC.
     assert together == pytest.approx(alone, rel=1e-6, abs=2e-4, nan_ok=True)
     assert {"retrieval/recall@3", "ranking/recall@3", "funnel/ranking/recall@3", "ranking/auc/like"} <= together.keys()
+
+
+def test_two_ranks_predict_what_one_predicts(both):
+    data = Path(load_config(both / "tiny.yaml")[0].data.path)
+    alone, together = both / "predicted-by-one", both / "predicted-by-two"
+    predict(both / "runs" / "one", data, alone, splits=["test"], heads=[], k=3)
+    files = sorted(str(path.relative_to(alone)) for path in alone.rglob("*.parquet"))
+    assert files == sorted(str(path.relative_to(together)) for path in together.rglob("*.parquet"))
+    assert {name.split("/")[0] for name in files} == {"scores", "top"}
+    for name in files:
+        one, two = (pq.read_table(folder / name) for folder in (alone, together))
+        assert one.schema == two.schema
+        for column in one.column_names:
+            a, b = (table[column].combine_chunks() for table in (one, two))
+            if pa.types.is_list(a.type) and pa.types.is_floating(a.type.value_type):
+                assert a.offsets == b.offsets
+                np.testing.assert_allclose(b.values, a.values, rtol=1e-5, atol=1e-6)
+            else:
+                assert a == b, (name, column)
 
 
 def test_gathered_rows_are_the_concatenation_and_their_gradient_is_its_gradient(both):

@@ -25,16 +25,19 @@ Starts = list[dict[str, object]]
 
 @pytest.fixture(scope="module")
 def killed(tiny_text, tmp_path_factory) -> Callable[..., tuple[Path, Starts, str]]:
-    """`killed(name, ranks, epochs, kills)`: the run directory, what became of every start, and what they said."""
+    """`killed(name, ranks, epochs, kills, timeout=…)`: the run directory, what became of each start, what they said."""
     folder = tmp_path_factory.mktemp("faults")
     (folder / "tiny.yaml").write_text(tiny_text(folder / "runs"))
 
-    def start(name: str, ranks: int, epochs: int, kills: list[tuple[int, str, int]]) -> tuple[Path, Starts, str]:
+    def start(
+        name: str, ranks: int, epochs: int, kills: list[tuple[int, str, int]], timeout: int = 300
+    ) -> tuple[Path, Starts, str]:
         run = folder / "runs" / name
         overrides = [f"run.name={name}", f"data.epochs={epochs}", "train.checkpoint_every=7", "train.keep=2"]
         arguments = [str(folder / "tiny.yaml"), *overrides, "train.evaluate_every_epochs=0"]
         plan = folder / f"{name}.json"
-        plan.write_text(json.dumps({"arguments": arguments, "run": str(run), "ranks": ranks, "kills": kills}))
+        said = {"arguments": arguments, "run": str(run), "ranks": ranks, "kills": kills, "timeout": timeout}
+        plan.write_text(json.dumps(said))
         command = [sys.executable, str(HERE / "kills.py"), str(plan)]
         limit = 120 + 3 * epochs + 20 * len(kills)
         done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=limit)
@@ -93,6 +96,18 @@ def test_three_kills_of_two_ranks_leave_no_trace(killed, flat):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_thirty_kills_leave_no_trace(killed, flat, ranks):
     check(killed, flat, ranks=ranks, epochs=40, count=30)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_job_in_time_and_the_next_start_goes_on(killed, flat):
+    unbroken, _, _ = killed("unbroken-hanging", 2, 8, [])
+    run, (hung, after), said = killed("hanging", 2, 8, [(20, "hanging", 1)], timeout=10)
+    assert hung["codes"] == [1, -signal.SIGKILL]
+    assert 10 <= hung["seconds"] < 30
+    assert "rank 0: another rank has died or does not answer (" in said
+    assert "Timed out waiting 10000ms" in said
+    assert after["codes"] == [0, 0], said
+    assert_same(run, unbroken, flat)
 
 
 @pytest.mark.slow

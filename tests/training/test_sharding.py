@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
 import joint.plan
+import joint.sharding
 import joint.train
 from joint.commands import run_command
 from joint.errors import ConfigError
 from joint.experiment import Table
 from joint.ids import hashed_rows
+from joint.optimizers import optimize_tables_in_backward
 from joint.plan import size
-from joint.sharding import ids_per_request, sharding_of
+from joint.sharding import _plan_by_rule, ids_per_request, sharding_of
+from joint.task import JointTask
 
 
 @pytest.mark.parametrize(
@@ -38,6 +42,19 @@ def test_what_a_device_cannot_do_is_a_mistake():
         with pytest.raises(ConfigError, match=rf"tables\.t\.memory: {memory} is for CUDA, found cpu"):
             sharding_of("t", 9, Table(dim=4, memory=memory), device="cpu", ranks=1)
         assert sharding_of("t", 9, Table(dim=4, memory=memory), device="cuda", ranks=1) == "table_wise"
+
+
+def test_a_rank_of_a_second_machine_is_sent_to_a_gpu_of_its_own(configure, assemble, monkeypatch):
+    monkeypatch.setattr(joint.sharding, "world_size", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    plan = assemble.plan(configure())
+    module = JointTask(plan)
+    optimize_tables_in_backward(module.embeddings, plan.config.optimizer, device="cuda")
+    found = _plan_by_rule(module, plan.table_settings, torch.device("cuda", 0))
+    tables = [table for part in found.plan.values() for table in part.values()]
+    placements = [shard.placement for table in tables for shard in table.sharding_spec.shards]
+    assert {p.rank() for p in placements} == {0, 1, 2, 3}
+    assert all(p.device() == torch.device("cuda", p.rank() % 2) for p in placements)
 
 
 def test_adam_of_tables_is_for_cuda(tiny_file, capsys):

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 import joint.fast_lookup
+import joint.measure
 import joint.train
 import joint.training
 from joint import checkpoint
@@ -24,6 +25,7 @@ from joint.distributed import gather_objects, gather_rows, rank
 from joint.evaluation import evaluator_of
 from joint.features import Plan
 from joint.optimizers import build_optimizer
+from joint.prediction import predict
 from joint.task import build_task
 
 CPU = torch.device("cpu")
@@ -70,12 +72,16 @@ def main(number: int, folder: Path) -> None:
     dist.init_process_group(
         "gloo", f"file://{folder}/rendezvous", rank=number, world_size=2, timeout=timedelta(seconds=60)
     )
-    joint.training.process_group = group_of_this_process
+    joint.training.process_group = joint.measure.process_group = group_of_this_process
     joint.fast_lookup.SLOW_SHARE = 10**9  # always
     joint.fast_lookup.BAGS = 4
     gathered(folder)
     trained(folder)
     saved_again(folder, "one", "one-by-two")
+    config, _ = load_config(folder / "tiny.yaml")
+    predict(
+        folder / "runs" / "one", Path(config.data.path), folder / "predicted-by-two", splits=["test"], heads=[], k=3
+    )
     dist.barrier()
     dist.destroy_process_group()
 
