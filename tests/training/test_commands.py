@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -66,6 +67,20 @@ def test_one_process_needs_no_torchrun_and_evaluate_repeats_its_table(tiny_file,
     assert (code, out) == (0, f"{run}, step 8, on test:\n{tables}"), err
     assert (run / "eval.json").read_bytes() == written
 
+
+def test_a_label_that_is_no_number_is_named_by_file_column_and_row(tiny_file, tiny_data, tmp_path, capsys, monkeypatch):
+    copy = tmp_path / "data"
+    shutil.copytree(tiny_data, copy)
+    part = next(copy.rglob("part-train-0.parquet"))
+    table = pq.read_table(part)
+    rows = table.column("rating").to_pylist()
+    rows[3][0] = float("nan")
+    at = table.schema.get_field_index("rating")
+    odd = table.set_column(at, table.schema.field(at), pa.array(rows, table.schema.field(at).type))
+    pq.write_table(odd, part, row_group_size=pq.ParquetFile(part).metadata.row_group(0).num_rows)
+    monkeypatch.setattr(sys, "argv", ["train", str(tiny_file), f"data.path={copy}"])
+    assert run_command(main) == 2
+    assert f"{part}: column rating, row 3: nan; expected numbers" in capsys.readouterr().err
 
 def test_threads_are_those_of_the_config_whatever_the_environment_says(tiny_file, tmp_path):
     measured = []
