@@ -82,6 +82,7 @@ def test_a_label_that_is_no_number_is_named_by_file_column_and_row(tiny_file, ti
     assert run_command(main) == 2
     assert f"{part}: column rating, row 3: nan; expected numbers" in capsys.readouterr().err
 
+
 def test_threads_are_those_of_the_config_whatever_the_environment_says(tiny_file, tmp_path):
     measured = []
     before = torch.get_num_threads()
