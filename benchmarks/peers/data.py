@@ -103,7 +103,7 @@ def _rows(random: np.random.Generator, items: Rows, count: int) -> Rows:
 
 
 def _shown(random: np.random.Generator, liked: np.ndarray, *, share: float) -> np.ndarray:
-    """An item for each row of `liked [N, 4]`: this share of a liked category, others of any; popular ones more often."""
+    """An item for each row of `liked [N, 4]`: this share of a liked category, others of any; popular ones oftener."""
     count = len(liked)
     of_liked = liked[np.arange(count), random.integers(0, LIKED, count)]
     category = np.where(random.random(count) < share, of_liked, random.integers(1, ITEM["category"] + 1, count))
