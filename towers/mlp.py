@@ -71,7 +71,10 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[M, G, out_dim]` of `x [M, G, in_dim]`: group g of every row through map g."""
-        return torch.baddbmm(self.bias.unsqueeze(1), x.transpose(0, 1), self.weight).transpose(0, 1)
+        groups = x.transpose(0, 1)
+        if x.dtype == torch.bfloat16:  # whose products' backward would copy a view element by element
+            groups = groups.contiguous()
+        return torch.baddbmm(self.bias.unsqueeze(1), groups, self.weight).transpose(0, 1)
 
 
 class GroupedMlp(nn.Sequential):
