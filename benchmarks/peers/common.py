@@ -81,15 +81,20 @@ def auc(label: np.ndarray, score: np.ndarray) -> float:
 
 
 class Timed:
-    """The wall and processor seconds of a `with` block."""
+    """Wall and processor seconds from the beginning of a `with` block to its end, or from when it is made to `stop`."""
+
+    def __init__(self) -> None:
+        self.began = np.array([time.perf_counter(), time.process_time()])
+
+    def stop(self) -> None:
+        """The work ends here, unless it goes on and stops again."""
+        self.wall, self.processor = np.array([time.perf_counter(), time.process_time()]) - self.began
 
     def __enter__(self) -> Timed:
-        self.wall, self.processor = -time.perf_counter(), -time.process_time()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.wall += time.perf_counter()
-        self.processor += time.process_time()
+        self.stop()
 
     def done(self, samples: int, found: float) -> None:
         """Print the result: rows trained on, and click AUC of the test rows after that."""
