@@ -82,6 +82,7 @@ def run(folder: Path, peer: str, arguments: Sequence[str]) -> dict[str, float]:
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    print(peer, *arguments, lines[-1], file=sys.stderr, flush=True)
     result: dict[str, float] = json.loads(lines[-1])
     return result
 
