@@ -55,10 +55,11 @@ def multi_class_vectors(
     """`multi_class` on logits scale * queries @ items.T - log_q, never held as a whole; a unit is a row.
 
     Row m is query `row[m]` of `queries [Q, D]` with the right answer in column `target[m]` of `items [P, D]`.
-    Rows of one query share its normaliser; queries of no row, or of rows of weight 0
-    alone, are not computed. Left out of a row's normaliser are: other columns with the target's id in `item_ids [P]` (accidental hits), columns with log_q = +inf
-    (padding, never a target; their vectors may be NaN), and the (query, column) pairs `excluded [E, 2]`
-    (say, items watched before), but never the row's own target. `scale` is the inverse temperature.
+    Rows of one query share its normaliser; queries of no row, or of rows of weight 0 alone, are not computed.
+    Left out of a row's normaliser are: other columns with the target's id in `item_ids [P]` (accidental hits),
+    columns with log_q = +inf (padding, never a target; their vectors may be NaN), and the (query, column) pairs
+    `excluded [E, 2]` (say, items watched before), but never the row's own target. `scale` is the inverse
+    temperature.
     ValueError for shapes that do not fit and for a row, a target or an excluded column out of range.
 
     Source: RRA Eq 3-4 over the whole corpus; in-batch with log_q: Yi et al. 2019.
