@@ -32,7 +32,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from joint.distributed import world_size
 from joint.versions import installed_versions
-from towers.embeddings import Averaged, segment_mean
+from towers.embeddings import Averaged, SharedEmbeddings, segment_mean
 
 TESTED = {"fbgemm-gpu-cpu": "1.8.0", "torchrec": "1.8.0"}
 BAGS = 512  # bags of a run: many, as a run costs the kernel some microseconds, and few, as the last run is filled up
@@ -48,9 +48,10 @@ def use_fast_lookup(model: nn.Module) -> str:
     for kernel in kernels:
         kernel.forward = partial(_forward, kernel)
     if kernels and world_size() == 1:
-        embeddings = model.module.embeddings
-        of = {name: [*_kernels(collection)] for name, collection in embeddings.collections.items()}
-        embeddings.forward = partial(_look_up, of)
+        for embeddings in model.modules():
+            if isinstance(embeddings, SharedEmbeddings):
+                of = {name: [*_kernels(collection)] for name, collection in embeddings.collections.items()}
+                embeddings.forward = partial(_look_up, of)
     return ""
 
 

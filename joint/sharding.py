@@ -44,8 +44,7 @@ def shard(module: nn.Module, plan: Plan, *, device: torch.device) -> Distributed
         found = planner.collective_plan(module, sharders, dist.group.WORLD)
     else:
         found = _plan_by_rule(module, plan, device)
-    alone = world_size() == 1 and device.type == "cpu"  # then there are no gradients to exchange
-    return DistributedModelParallel(module, device=device, plan=found, sharders=sharders, init_data_parallel=not alone)
+    return DistributedModelParallel(module, device=device, plan=found, sharders=sharders)
 
 
 def sharder_of(device: str) -> ModuleSharder[nn.Module]:
