@@ -51,7 +51,7 @@ def use_fast_lookup(model: nn.Module) -> str:
         for embeddings in model.modules():
             if isinstance(embeddings, SharedEmbeddings):
                 of = {name: [*_kernels(collection)] for name, collection in embeddings.collections.items()}
-                embeddings.forward = partial(_look_up, of)
+                embeddings.forward = partial(_look_up, of)  # type: ignore[method-assign]
     return ""
 
 
