@@ -11,6 +11,7 @@ import pytest
 from benchmarks import apart, growth, run
 from joint.config import load_config
 from joint.experiment import heads_of
+from joint.reporting import Reporter
 
 
 def test_every_name_is_a_module_that_is_listed(capsys):
@@ -30,7 +31,8 @@ def test_the_exponent_is_that_of_the_upper_half():
     assert growth.exponent([1, 2], [3, 6]) == pytest.approx(1)
 
 
-def test_a_point_of_growth():
+def test_a_point_of_growth(monkeypatch):
+    monkeypatch.setattr("joint.training.Reporter", Reporter)  # the trainer's stopwatch puts its own there
     size = growth.BASE | {
         "requests": 64,
         "batch": 8,

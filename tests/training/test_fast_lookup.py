@@ -101,7 +101,7 @@ def test_another_version_is_left_alone_and_said(configure, group, assemble, monk
 
 def test_one_rank_sums_what_is_averaged_in_the_kernel(configure, group, assemble, monkeypatch):
     monkeypatch.setattr(fast_lookup, "SLOW_SHARE", 10**9)
-    config = configure()
+    config = configure("encoders.liked_mean.features=[item_id]")
     batch, model = assemble(config), build_task(assemble.plan(config), group).train()
     use_fast_lookup(model)
     rows = rows_of(model.module.embeddings(batch.sparse, batch.inner), batch.inner)
@@ -123,7 +123,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("other", ["", *OTHERS])
 def test_only_a_history_that_nothing_but_means_read_is_averaged(configure, assemble, other):
-    overrides = [f"encoders.liked={{{MEAN}, length: 6, by: {{kind: mean}}}}"]
+    overrides = ["encoders.liked_mean.features=[item_id]"]
     if other:
-        overrides += [f"encoders.more={OTHERS[other]}", "heads.ranking.features=[user_id, liked, more, item_id]"]
+        overrides += [f"encoders.more={OTHERS[other]}", "heads.ranking.features=[user_id, liked_mean, more, item_id]"]
     assert assemble.plan(configure(*overrides)).averaged == (set() if other else {("liked", "")})
