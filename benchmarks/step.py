@@ -16,10 +16,8 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,7 +38,7 @@ from joint.features import Plan
 from joint.optimizers import build_optimizer, set_learning_rates
 from joint.reporting import Reporter
 from joint.task import build_task
-from towers.embeddings import rows_of
+from towers.embeddings import Averaged, rows_of
 from towers.mixtures import set_step
 
 BATCHES = 8  # in memory
@@ -151,9 +149,9 @@ def taken_apart(model: nn.Module, optimizer: Any, config: Config, batches: Seque
         with clock.part("zero gradients"):
             optimizer.zero_grad()
         with clock.part("look-up, forward"):
-            rows = rows_of(task.embeddings(batch.sparse))
+            rows = rows_of(task.embeddings(batch.sparse, batch.inner), batch.inner)
         leaves = {key: row.detach().requires_grad_() for key, row in rows.items()}
-        looked_up = {key: SimpleNamespace(values=partial(_same, leaf)) for key, leaf in leaves.items()}
+        looked_up = {key: Averaged(leaf) for key, leaf in leaves.items()}
         with clock.part("forward, the rest"):
             loss, _ = task.dense({"": looked_up}, batch)
         with clock.part("dense, backward"):
@@ -164,10 +162,6 @@ def taken_apart(model: nn.Module, optimizer: Any, config: Config, batches: Seque
         with clock.part("dense, optimizer"):
             optimizer.step()
     return clock
-
-
-def _same(leaf: torch.Tensor) -> torch.Tensor:
-    return leaf
 
 
 def show(parts: Mapping[str, Sequence[float]]) -> None:

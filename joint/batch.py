@@ -23,7 +23,7 @@ class Batch(Pipelineable):
     """One step's requests on this rank. R is at least 1: a rank without requests holds one with empty lists."""
 
     sparse: dict[str, KeyedJaggedTensor]  # embedding dim -> keys of stride R: request, history, candidate and pool ids
-    inner: dict[str, Tensor]  # key of an 'ids' feature -> how many ids each of its rows has
+    inner: dict[str, Tensor]  # key whose ids are averaged -> how many consecutive ones each mean is of
     floats: dict[str, Tensor]  # key of a float or vector feature -> [R, ·], [N, ·], [P, ·] or [events, ·]
     competitors: dict[str, Tensor]  # history -> whether each of its events' competitors is one, bool [events, K]
     lengths: dict[str, Tensor]  # history -> events a request [R]

@@ -10,7 +10,7 @@ from joint.features import Plan, Reading
 from joint.keys import Key
 from towers.sequence import CompetingEncoder, build_encoder, to_padded
 
-Rows = dict[str, Tensor]  # key name -> its rows: [R, D], [N, D], [P, D] or [events, D]
+Rows = dict[str, Tensor]  # key name -> its rows: [R, D], [N, D], [P, D] or [events, D] (averaged: [R, D])
 
 
 class HistoryEncoder(nn.Module):
@@ -34,6 +34,7 @@ class HistoryEncoder(nn.Module):
         self.competing = CompetingEncoder(config.competing, dim=dim) if config.competing else None
         self.encoder = build_encoder(config.by, dim=dim)
         self.per_candidate = reading.per_candidate
+        self.averaged = (config.history, owner) in plan.averaged
 
     def events(self, rows: Rows, competitors: Tensor | None, mirrored: Tensor | None = None) -> Tensor:
         """`[events, D]`: past items with what happened to them, or (RecFlow A.6) what each won against in its place.
@@ -68,6 +69,8 @@ class HistoryEncoder(nn.Module):
 
     def forward(self, rows: Rows, batch: Batch, chosen: Tensor | None = None) -> Tensor:
         """One vector a request `[R, D]`, or one for each of the `chosen` candidates."""
+        if self.averaged:
+            return torch.cat([rows[key] for key in self.item_keys], dim=1)
         history, lengths = self.history(rows, batch)
         if not self.per_candidate:
             return self.encoder(history, lengths)

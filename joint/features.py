@@ -14,7 +14,7 @@ from joint.keys import HeadSide, Key, Reads, Side
 from joint.objectives import ItemViews, MultiClass
 from joint.schema import Feature, Schema
 from towers.embeddings import TableShape, width_name
-from towers.sequence import TargetAttention
+from towers.sequence import Pooling, TargetAttention
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,20 @@ class Plan:
         for reader in [*readers, *self.crosses.values()]:
             lengths[reader.history] = max(reader.length, lengths.get(reader.history, 0))
         return lengths
+
+    @cached_property
+    def averaged(self) -> frozenset[tuple[str, str]]:
+        """The histories, as (history, owner), that nothing but plain means read: the look-up averages their ids."""
+        readings = self.readings.values()
+        others = {(r.encoder.history, r.owner) for r in readings if not self._only_averages(r.encoder)}
+        return frozenset((r.encoder.history, r.owner) for r in readings) - others
+
+    def _only_averages(self, encoder: Encoder) -> bool:
+        """Whether an encoder is the mean of one id a feature over all the events that are kept."""
+        mean = isinstance(encoder.by, Pooling) and encoder.by.kind == "mean"
+        whole = encoder.length == self.history_lengths[encoder.history]
+        plain = all(self.schema.feature(name).kind == "id" for name in encoder.features)
+        return mean and whole and plain and not encoder.events and not encoder.competing
 
     @cached_property
     def reads(self) -> Reads:

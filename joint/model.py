@@ -12,7 +12,6 @@ from joint.features import Plan
 from joint.keys import HeadSide
 from joint.outputs import HeadOutput, Outputs, Views
 from joint.pool import StreamingFrequency, corpus_pool, item_views, sampled_pool, uniform_items
-from towers.embeddings import segment_mean
 from towers.mixtures import expected_l0, routing
 from towers.pre_ranking import PreRanking, build_pre_ranking
 from towers.ranking import Ranking, RankingHead
@@ -48,18 +47,13 @@ class JointModel(nn.Module):
 
     def forward(self, rows: Rows, batch: Batch) -> Outputs:
         """Every head's output on the candidates of its row set."""
-        rows = self._pooled(rows, batch)
+        rows = rows | batch.floats
         fixed = {key: row.detach() for key, row in rows.items()} if self.reads_only else {}
         encoded: Rows = {}  # each reading once, for the first head that names it and all others
         return {
             name: self._head(name, fixed if name in self.reads_only else rows, rows, batch, encoded)
             for name in self.heads
         }
-
-    def _pooled(self, rows: Rows, batch: Batch) -> Rows:
-        """Multi-valued features as the mean of their rows; floats beside the embeddings."""
-        means = {key: segment_mean(rows[key], lengths) for key, lengths in batch.inner.items()}
-        return rows | means | batch.floats
 
     def _head(self, name: str, own: Rows, rows: Rows, batch: Batch, encoded: Rows) -> HeadOutput:
         """`own` are the rows as this head may change them, `rows` as those may who share its encoders."""

@@ -42,7 +42,7 @@ class Dense(nn.Module):
     def forward(self, looked_up: dict[str, object], batch: Batch) -> tuple[Tensor, StepOutput]:
         """The loss over all ranks' units (in training), and the outputs."""
         with torch.autocast(batch.item.device.type, torch.bfloat16, enabled=self.reduced and self.training):
-            outputs = self.model(rows_of(looked_up), batch)
+            outputs = self.model(rows_of(looked_up, batch.inner), batch)
         if not self.training:
             return batch.labels.new_zeros(()), StepOutput(batch, outputs, {})
         loss, values = self._loss(outputs, batch)
@@ -84,7 +84,7 @@ class JointTask(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, StepOutput]:
         """The loss (0 in evaluation) and what the step leaves behind."""
-        return self.dense(self.embeddings(batch.sparse), batch)
+        return self.dense(self.embeddings(batch.sparse, batch.inner), batch)
 
 
 def build_task(plan: Plan, device: torch.device) -> DistributedModelParallel:

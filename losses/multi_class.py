@@ -55,10 +55,11 @@ def multi_class_vectors(
     """`multi_class` on logits scale * queries @ items.T - log_q, never held as a whole; a unit is a row.
 
     Row m is query `row[m]` of `queries [Q, D]` with the right answer in column `target[m]` of `items [P, D]`.
-    Rows of one query share its normaliser; queries of no row are not computed. Left out of a row's normaliser
-    are: other columns with the target's id in `item_ids [P]` (accidental hits), columns with log_q = +inf
-    (padding, never a target; their vectors may be NaN), and the (query, column) pairs `excluded [E, 2]`
-    (say, items watched before), but never the row's own target. `scale` is the inverse temperature.
+    Rows of one query share its normaliser; queries of no row, or of rows of weight 0 alone, are not computed.
+    Left out of a row's normaliser are: other columns with the target's id in `item_ids [P]` (accidental hits),
+    columns with log_q = +inf (padding, never a target; their vectors may be NaN), and the (query, column) pairs
+    `excluded [E, 2]` (say, items watched before), but never the row's own target. `scale` is the inverse
+    temperature.
     ValueError for shapes that do not fit and for a row, a target or an excluded column out of range.
 
     Source: RRA Eq 3-4 over the whole corpus; in-batch with log_q: Yi et al. 2019.
@@ -67,9 +68,11 @@ def multi_class_vectors(
         raise ValueError("expected queries [Q, D], items [P, D], row [M] and target [M]")
     _check_range(row, len(queries), "row")
     _check_range(target, len(items), "target")
-    used, row = row.unique(return_inverse=True)
+    weight, count = _weights(sample_weight, in_full(queries), len(row)), len(row)
+    weighing = weight.nonzero().squeeze(1)  # the others have a unit each and nothing to add
+    used, row = row[weighing].unique(return_inverse=True)
     row, order = row.sort(stable=True)
-    target, weight = target[order], _weights(sample_weight, in_full(queries), len(order))[order]
+    target, weight = target[weighing][order], weight[weighing][order]
     q = in_full(queries)[used] * scale
     real = torch.ones(len(items), dtype=torch.bool, device=q.device) if log_q is None else log_q < math.inf
     bias = q.new_zeros(len(items)) if log_q is None else -log_q.detach().to(q.dtype)
@@ -85,7 +88,8 @@ def multi_class_vectors(
     beside = segment_sum_exp(logit[cell], owner, len(row))
     own = (q[row] * v[target]).sum(1) + bias[target]
     apart = torch.cat([special, hidden]).unique()
-    return _blocked(q, v, bias, apart, row, target, own, beside, weight)
+    total = _blocked(q, v, bias, apart, row, target, own, beside, weight)
+    return LossTerm(total, total.new_tensor(float(count)))
 
 
 def _check_range(index: Tensor, size: int, name: str) -> None:
@@ -148,7 +152,7 @@ def _blocked(
     own: Tensor,
     beside: tuple[Tensor, Tensor],
     weight: Tensor,
-) -> LossTerm:
+) -> Tensor:
     """Sum over rows m of w_m (log(beside_m + sum_p e^(q_row[m] v_p + bias_p)) - own_m), by query blocks.
 
     The sum over the columns p leaves out the cells `apart` (sorted keys); `row` is sorted too, and every
@@ -179,5 +183,4 @@ def _blocked(
         hit = hit.where(hit > -math.inf, own)  # rounded like its normaliser: no loss falls below 0
         total = (weight * (norm.log() + (top - hit))).sum()
         dbeside = weight * (beside_peak - top).exp() / norm
-    total = attach(total, (q, dq), (v, dv), (beside_total, dbeside), (own, -weight))
-    return LossTerm(total, total.new_tensor(float(len(row))))
+    return attach(total, (q, dq), (v, dv), (beside_total, dbeside), (own, -weight))

@@ -34,8 +34,11 @@ class SharedEmbeddings(nn.Module):
         widths = sorted({table.dim for table in tables})
         self.collections = nn.ModuleDict({width_name(width): _collection(tables, width, device) for width in widths})
 
-    def forward(self, sparse: Mapping[str, KeyedJaggedTensor]) -> dict[str, object]:
-        """Per width a mapping of key to jagged rows; `rows_of` reads it (outside the traced forward)."""
+    def forward(self, sparse: Mapping[str, KeyedJaggedTensor], segments: Mapping[str, Tensor]) -> dict[str, object]:
+        """Per width a mapping of key to jagged rows; `rows_of` reads it (outside the traced forward).
+
+        `segments` is for a look-up that averages by itself (`Averaged`).
+        """
         return {name: collection(sparse[name]) for name, collection in self.collections.items()}
 
 
@@ -44,9 +47,28 @@ def width_name(dim: int) -> str:
     return f"dim{dim}"
 
 
-def rows_of(looked_up: Mapping[str, object]) -> dict[str, Tensor]:
-    """`{key: [ids, dim]}` of what `SharedEmbeddings` returned, waiting for it where it is still on its way."""
-    return {key: jagged.values() for rows in looked_up.values() for key, jagged in rows.items()}  # type: ignore[attr-defined]
+@dataclass(frozen=True)
+class Averaged:
+    """Rows of a key, of which those that are read as means are means already."""
+
+    rows: Tensor
+
+    def values(self) -> Tensor:
+        """The rows."""
+        return self.rows
+
+
+def rows_of(looked_up: Mapping[str, object], segments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`{key: rows}` of what `SharedEmbeddings` returned, waiting for it where it is still on its way.
+
+    `[ids, dim]`, or for a key of `segments` the means `[S, dim]` of as many consecutive ids as its lengths `[S]` say.
+    """
+    found: dict[str, Tensor] = {}
+    for jagged_rows in looked_up.values():
+        for key, jagged in jagged_rows.items():  # type: ignore[attr-defined]
+            rows, averaged = jagged.values(), isinstance(jagged, Averaged) or key not in segments
+            found[key] = rows if averaged else segment_mean(rows, segments[key])
+    return found
 
 
 def segment_mean(values: Tensor, lengths: Tensor) -> Tensor:

@@ -48,6 +48,9 @@ class FactoredLinear(nn.Module):
 
     def forward(self, request: Tensor, candidate: Tensor, row: Tensor) -> Tensor:
         """`[N, out_dim]` of `request [R, ·]`, `candidate [N, ·]` and each candidate's request `row [N]`."""
+        alone = self.training and len(row) == len(request)  # a graph to export has no such branch
+        if alone and torch.equal(row, torch.arange(len(row), device=row.device)):  # a candidate each: nothing to share
+            return self.joint(torch.cat([request, candidate], dim=1))
         return self.request_part(request).index_select(0, row) + self.candidate_part(candidate)
 
 
@@ -68,7 +71,10 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[M, G, out_dim]` of `x [M, G, in_dim]`: group g of every row through map g."""
-        return torch.baddbmm(self.bias.unsqueeze(1), x.transpose(0, 1), self.weight).transpose(0, 1)
+        groups = x.transpose(0, 1)
+        if x.dtype == torch.bfloat16:  # whose products' backward would copy a view element by element
+            groups = groups.contiguous()
+        return torch.baddbmm(self.bias.unsqueeze(1), groups, self.weight).transpose(0, 1)
 
 
 class GroupedMlp(nn.Sequential):

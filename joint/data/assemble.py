@@ -68,6 +68,8 @@ class Assembler:
                 floats[key.name] = torch.from_numpy(columns.numbers(key))
                 continue
             ids, lengths = columns.ids(key)
+            if key.side == "history" and (key.history, key.owner) in self.plan.averaged:
+                lengths = ids.lengths
             if lengths is not None:
                 inner[key.name] = torch.from_numpy(lengths)
             rows, missed = table_rows(ids.values, self.rows[key.table])

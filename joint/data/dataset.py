@@ -22,6 +22,7 @@ from joint.schema import SPLITS, Part, Schema, day_number, first_day_column, rea
 
 REQUEST_COLUMNS = ("request_id", "timestamp", "group")
 CANDIDATE_COLUMNS = ("candidates", "stages")  # lists of int32 item indices and of uint16 flags
+GROUP, LARGE = 1024, 32_768  # requests of a row group at most; of a file from which on all are so large
 T = TypeVar("T")
 
 
@@ -296,8 +297,8 @@ def write_part(folder: Path, requests: Requests, *, day: str, split: str, number
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     # Many small row groups let a day be dealt evenly to the virtual shards; large ones read faster.
-    group = int(np.clip(len(requests) // 128, 16, 1024))
-    pq.write_table(table, path, row_group_size=group, compression="zstd")
+    group = GROUP if len(requests) >= LARGE else int(np.clip(len(requests) // 128, 16, GROUP))
+    pq.write_table(table, path, row_group_size=group, compression="lz4")  # read every epoch: zstd takes twice the time
     times = requests.scalars("timestamp")
     return Part(
         path=name,

@@ -66,7 +66,7 @@ class DayOrder:
                 if window.begin < end and window.end > begin and all(window is not pair[0] for pair in held):
                     held.append((window, self._read(window, dataset, further)))
             pieces = [
-                requests.take(np.arange(max(begin, window.begin), min(end, window.end)) - window.begin)
+                requests.between(max(begin - window.begin, 0), min(end, window.end) - window.begin)
                 for window, requests in held
                 if window.begin < end
             ]

@@ -32,6 +32,11 @@ class Ragged:
         """The lists at `rows`, in that order."""
         return self.slices(self.offsets[:-1][rows], self.lengths[rows])
 
+    def between(self, first: int, last: int) -> Ragged:
+        """The lists `first` .. `last` - 1, not copied."""
+        offsets = self.offsets[first : last + 1]
+        return Ragged(self.values[offsets[0] : offsets[-1]], offsets - offsets[0])
+
     def slices(self, starts: np.ndarray, lengths: np.ndarray) -> Ragged:
         """Lists cut out of the values: list i is `values[starts[i]:starts[i] + lengths[i]]`."""
         offsets = offsets_of(lengths)

@@ -38,6 +38,11 @@ class Requests:
         """The requests at `rows`, in that order."""
         return Requests({name: c.take(rows) if isinstance(c, Ragged) else c[rows] for name, c in self.columns.items()})
 
+    def between(self, first: int, last: int) -> Requests:
+        """The requests `first` .. `last` - 1, not copied."""
+        columns = self.columns.items()
+        return Requests({n: c.between(first, last) if isinstance(c, Ragged) else c[first:last] for n, c in columns})
+
 
 def concatenate_requests(parts: Sequence[Requests]) -> Requests:
     """The requests of all parts, one part after another."""

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from joint.data.dataset import Dataset, DatasetWriter
+from joint.data.dataset import Dataset, DatasetWriter, write_part
 from joint.data.ragged import Ragged
 from joint.data.requests import Requests
 from joint.data.vocabulary import ragged_vocabulary_ids, vocabulary_ids
@@ -24,6 +24,13 @@ TRAIN = "requests/day=2024-02-28/part-train-0.parquet"
 @pytest.fixture
 def copy(funnel_path: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(funnel_path, tmp_path / "copy"))
+
+
+def test_large_files_have_large_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("joint.data.dataset.LARGE", 2500)
+    for count, groups in ((2499, [19] * 131 + [10]), (2500, [1024, 1024, 452])):
+        requests = Requests({"request_id": np.arange(count), "timestamp": np.zeros(count, np.int64)})
+        assert [*write_part(tmp_path, requests, day="2024-01-01", split="train", number=count).groups] == groups
 
 
 def test_schema_and_requests_are_read_back(funnel_path: Path) -> None:

@@ -43,6 +43,16 @@ def test_take_in_any_order_and_again(lists: Lists) -> None:
         assert plain(ragged(lists).take(np.array(rows, np.int64))) == [lists[row] for row in rows]
 
 
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (0, 2), (1, 3), (3, 3)])
+def test_between_is_take_of_neighbours(first: int, last: int) -> None:
+    ragged = Ragged(np.array([5, 6, 7, 8]), np.array([0, 2, 2, 4]))
+    requests = Requests({"list": ragged, "number": np.array([1, 2, 3])})
+    found, expected = requests.between(first, last), requests.take(np.arange(first, last))
+    assert found.lists("list").values.tolist() == expected.lists("list").values.tolist()
+    assert found.lists("list").offsets.tolist() == expected.lists("list").offsets.tolist()
+    assert found.scalars("number").tolist() == expected.scalars("number").tolist()
+
+
 def test_keep(lists: Lists) -> None:
     made = ragged(lists)
     for drop in (set(), {2, 5, 9}, set(range(10))):

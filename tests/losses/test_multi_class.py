@@ -101,6 +101,22 @@ def test_blocked_form_is_the_loop(pool: Pool) -> None:
     assert term.count.item() == 14
 
 
+def test_rows_of_no_weight_count_and_do_nothing_else(pool: Pool) -> None:
+    q, v = pool.queries.requires_grad_(), pool.items.requires_grad_()
+    pool.weight[::2] = 0
+    kept = pool.weight > 0
+    few = pool._replace(row=pool.row[kept], target=pool.target[kept], weight=pool.weight[kept])
+    term, without = pool.blocked(q, v), few.blocked(q, v)
+    assert (term.count.item(), without.count.item()) == (14, 7)
+    assert term.total.item() == without.total.item()
+    expected = torch.autograd.grad(without.total, (q, v))
+    for one, other in zip(torch.autograd.grad(term.total, (q, v)), expected, strict=True):
+        assert torch.equal(one, other)
+    nothing = few._replace(weight=torch.zeros_like(few.weight)).blocked(q, v)
+    assert (nothing.total.item(), nothing.count.item()) == (0, 7)
+    assert not torch.autograd.grad(nothing.total, q)[0].any()
+
+
 def test_plain_form_is_the_loop(pool: Pool) -> None:
     s = pool.queries[pool.row] @ pool.items.t()
     term = multi_class(s, pool.target, sample_weight=pool.weight, log_q=pool.log_q, mask=pool.keep())

@@ -67,6 +67,23 @@ def test_factored_linear_is_a_linear_on_the_concatenation(request_dim: int, cand
         torch.testing.assert_close(mine.grad, theirs.grad)
 
 
+@pytest.mark.parametrize("row", [[0, 1, 2], [2, 0, 1]])
+def test_factored_linear_of_a_candidate_each(row: list[int]) -> None:
+    torch.manual_seed(0)
+    factored = FactoredLinear(3, 4, 5).double()
+    request, candidate = torch.randn(3, 3).double(), torch.randn(3, 4).double()
+    expected = factored.eval()(request, candidate, torch.tensor(row))  # in two parts
+    torch.testing.assert_close(factored.train()(request, candidate, torch.tensor(row)), expected)
+
+
+def test_grouped_linear_gives_one_number_whatever_the_layout_in_bfloat16() -> None:
+    torch.manual_seed(0)
+    grouped, x = GroupedLinear(3, 8, 4).bfloat16(), torch.randn(16, 3, 8).bfloat16()
+    assert torch.equal(grouped(x), grouped(x.transpose(0, 1).contiguous().transpose(0, 1)))
+    plain = torch.stack([x[:, g].float() @ grouped.weight[g].float() for g in range(3)], 1) + grouped.bias.float()
+    torch.testing.assert_close(grouped(x).float(), plain, rtol=0.02, atol=0.02)
+
+
 def test_factored_linear_of_no_candidates() -> None:
     factored = FactoredLinear(3, 4, 5)
     out = factored(torch.randn(1, 3), torch.empty(0, 4), torch.empty(0, dtype=torch.long))

@@ -119,12 +119,16 @@ class OnGpuPipeline(PlainPipeline):
         return super().progress(batch.to(GPU, non_blocking=True) for batch in batches)
 
 
+def on_cpu(named: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.to(CPU) for name, value in named.items()}
+
+
 def shard(module: joint.task.JointTask, plan: Any, *, device: torch.device) -> Any:
     """Tables as on a CPU, everything dense on the GPU."""
     assert device == GPU
     model = joint.sharding.shard(module, plan, device=CPU)
     module.dense.to(GPU)
-    module.embeddings.register_forward_pre_hook(lambda _, given: ({n: x.to(CPU) for n, x in given[0].items()},))
+    module.embeddings.register_forward_pre_hook(lambda _, given: tuple(map(on_cpu, given)))
     return model
 
 
@@ -146,7 +150,9 @@ def pretend() -> None:
     """From here on the program runs on the GPU."""
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     real_rows_of = joint.task.rows_of
-    joint.task.rows_of = lambda looked_up: {key: rows.to(GPU) for key, rows in real_rows_of(looked_up).items()}
+    joint.task.rows_of = lambda looked_up, segments: {
+        key: rows.to(GPU) for key, rows in real_rows_of(looked_up, on_cpu(segments)).items()
+    }
     joint.task.shard = shard
     joint.sharding.DistributedModelParallel = partial(joint.sharding.DistributedModelParallel, init_data_parallel=False)
     for module in (joint.distributed, joint.training, joint.measure):

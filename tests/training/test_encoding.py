@@ -26,6 +26,7 @@ from joint.features import Plan
 from joint.fit import check_against
 from joint.model import JointModel
 from joint.schema import Feature, History, Part, Schema, Stage
+from towers.embeddings import segment_mean
 from towers.sequence import Competing
 
 ITEMS, K = 9, 2
@@ -214,7 +215,8 @@ def watch(plan: MakePlan) -> Callable[..., Seen]:
 
 def look_up(plan: Plan, batch: Batch, tables: dict[str, Tensor]) -> dict[str, Tensor]:
     ids = {key: jagged.values() for sparse in batch.sparse.values() for key, jagged in sparse.to_dict().items()}
-    return {key.name: tables[key.table][ids[key.name]] for key in plan.keys if key.embedded}
+    rows = {key.name: tables[key.table][ids[key.name]] for key in plan.keys if key.embedded}
+    return rows | {key: segment_mean(rows[key], lengths) for key, lengths in batch.inner.items()}
 
 
 def close(found: Tensor, expected: list[list[float]]) -> None:

@@ -12,6 +12,7 @@ from joint.fast_lookup import use_fast_lookup
 from joint.optimizers import build_optimizer, set_learning_rates
 from joint.pipeline import PlainPipeline
 from joint.task import build_task
+from towers.embeddings import rows_of
 from towers.mixtures import set_step
 
 
@@ -96,3 +97,33 @@ def test_another_version_is_left_alone_and_said(configure, group, assemble, monk
     set_step(model, 0)
     model(assemble(config))
     assert not pooled
+
+
+def test_one_rank_sums_what_is_averaged_in_the_kernel(configure, group, assemble, monkeypatch):
+    monkeypatch.setattr(fast_lookup, "SLOW_SHARE", 10**9)
+    config = configure("encoders.liked_mean.features=[item_id]")
+    batch, model = assemble(config), build_task(assemble.plan(config), group).train()
+    use_fast_lookup(model)
+    rows = rows_of(model.module.embeddings(batch.sparse, batch.inner), batch.inner)
+    monkeypatch.setattr(fast_lookup, "SLOW_SHARE", 0)
+    unpooled = rows_of(model.module.embeddings(batch.sparse, batch.inner), batch.inner)
+    assert {"liked.item_id", "candidate.genres"} <= batch.inner.keys()
+    assert len(rows["liked.item_id"]) == batch.requests
+    assert {key for key in rows if not torch.equal(rows[key], unpooled[key])} == set()
+
+
+MEAN = "history: liked, features: [item_id]"
+OTHERS = {
+    "fewer events": f"{{{MEAN}, length: 5, by: {{kind: mean}}}}",
+    "a sum": f"{{{MEAN}, length: 6, by: {{kind: sum}}}}",
+    "lists of ids": "{history: liked, features: [item_id, genres], length: 6, by: {kind: mean}}",
+    "events": f"{{{MEAN}, length: 6, events: [rating], by: {{kind: mean}}}}",
+}
+
+
+@pytest.mark.parametrize("other", ["", *OTHERS])
+def test_only_a_history_that_nothing_but_means_read_is_averaged(configure, assemble, other):
+    overrides = ["encoders.liked_mean.features=[item_id]"]
+    if other:
+        overrides += [f"encoders.more={OTHERS[other]}", "heads.ranking.features=[user_id, liked_mean, more, item_id]"]
+    assert assemble.plan(configure(*overrides)).averaged == (set() if other else {("liked", "")})

@@ -48,8 +48,8 @@ def test_losses_are_close_and_all_that_leaves_the_heads_is_float32(stepped):
 def test_rows_and_their_gradients_are_float32(stepped, configure, group, assemble, monkeypatch):
     seen = {}
 
-    def spy(looked_up):
-        rows = real(looked_up)
+    def spy(looked_up, segments):
+        rows = real(looked_up, segments)
         for key, row in rows.items():
             row.register_hook(
                 lambda gradient, key=key: seen.__setitem__(key, (gradient.dtype, gradient.isfinite().all()))
