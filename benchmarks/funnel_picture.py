@@ -1,9 +1,8 @@
 """The README's picture: what is left after each stage, and what the ten are worth, of variants of a comparison.
 
-    python -m joint.compare configs/ablations/recommended.yaml
-    python -m benchmarks.funnel_picture runs/recommended docs/pictures/funnel-aligned.png \\
-        'plain=unaligned: each head has its own losses only' \\
-        "soft_pairwise=aligned: the student also learns its teacher's order"
+    python -m joint.compare configs/ablations/recommended_held_out.yaml
+    python -m benchmarks.funnel_picture runs/recommended_held_out docs/pictures/funnel-aligned.png \\
+        'unaligned=unaligned: own losses only' "recommended=aligned: the student learns its teacher's order"
 
 A bar is the mean over worlds (of their seeds' means), its line the 95 % interval of that mean, as in joint.compare.
 """
