@@ -1,4 +1,4 @@
-"""`python -m joint.config_reference > docs/config.md`: every key of a config, from the dataclasses themselves.
+"""The page docs/config.md: every key of a config, from the dataclasses themselves. `make golden` writes it.
 
 A class's docstring opens its section; a field's meaning is the comment on its line.
 """
@@ -17,7 +17,7 @@ from joint.settings import plain
 
 OPENING = """# Config reference
 
-Made by `python -m joint.config_reference` from the dataclasses that a config is decoded into; `make golden` makes it
+Made from the dataclasses that a config is decoded into; `make golden` makes it
 anew. `python -m joint.config FILE` prints a config as resolved, or every mistake in it. NAME is a name of your choice.
 Where a mapping is one of several kinds, a key of its own says which, and each kind has a section.
 
@@ -127,7 +127,3 @@ def _default(item: Field[Any]) -> str:
     if is_dataclass(value):
         return "its own"
     return f"`{value if isinstance(value, str) and value else json.dumps(plain(value))}`"
-
-
-if __name__ == "__main__":
-    print(reference(), end="")

@@ -191,7 +191,7 @@ def _misfits(config: Config, schema: Schema) -> Iterator[Mistake]:
     for space in sorted(set(config.tables) - {f.space for f in schema.features}):
         yield (
             f"tables.{space}",
-            f"the dataset has no id space {space!r}{settings.near_miss(space, list(spaces))}",
+            f"the dataset has no id space {space!r}{settings.near_miss(space, sorted(spaces))}",
         )
 
 

@@ -124,7 +124,7 @@ def _chain(path: str, problems: Problems) -> Iterator[Tree]:
         yield tree
         if base.value is None:
             return
-        path = os.path.normpath(os.path.join(os.path.dirname(path), base.text))
+        path = _shipped(os.path.normpath(os.path.join(os.path.dirname(path), base.text)))
         known = os.path.realpath(path) in seen
         if known or not os.path.isfile(path):
             problems.append((base.place, f"base: {path} is {'its own base' if known else 'not a file'}"))

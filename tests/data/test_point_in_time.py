@@ -174,7 +174,8 @@ def run_model(made: Assembler, batch: Batch) -> tuple[Outputs, Tensor]:
     torch.manual_seed(0)
     rows: dict[str, Tensor] = {}
     for jagged in batch.sparse.values():
-        rows |= {name: torch.randn(len(values.values()), 4) for name, values in jagged.to_dict().items()}
+        found = {name: batch.inner.get(name, values.values()) for name, values in jagged.to_dict().items()}
+        rows |= {name: torch.randn(len(values), 4) for name, values in found.items()}
     pool = rows["pool.item_id"].requires_grad_()
     return JointModel(made.plan).train()(rows, batch), pool
 

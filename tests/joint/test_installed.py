@@ -44,6 +44,15 @@ def test_configs_are_found_outside_the_checkout(tmp_path: Path, monkeypatch: pyt
     assert config.run.name == "rra"
 
 
+def test_an_overlay_of_the_users_own_may_have_a_base_that_came_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/own.yaml").write_text("base: joint.yaml\nobjectives: {order: null}\n")
+    assert "order" not in load_config("configs/own.yaml")[0].objectives
+
+
 def test_a_config_of_the_users_own_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").mkdir()

@@ -55,7 +55,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, dataset_path: Path) -> Path:
     for name, world, competitors in (("biased", "biased", 0), ("misled", "misled", 0), ("competing", "biased", 3)):
         parameters = parameters_of(world, "small", ["requests=180", "users=40", f"competitors={competitors}"])
         simulate(here / "worlds" / f"{name}-0", parameters, seed=0, world=world)
-    (here / "worlds" / "biased-100").symlink_to("biased-0")  # those kept for choosing
+    (here / "worlds" / "fair-100").symlink_to("biased-0")  # of those kept for choosing
     (here / "ml-100k").symlink_to(dataset_path)
     for model in ("rra", "rra_base"):  # the teachers that RRA's Table 1 learns from offline
         world, runs = here / "worlds" / "biased-0", tmp_path_factory.mktemp("teachers")

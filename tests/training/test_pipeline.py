@@ -83,13 +83,14 @@ def test_an_evaluation_leaves_no_trace_in_training(steps):
 
 
 def test_a_whole_run_through_the_pipeline_is_the_run_of_the_plain_loop(tiny_file, tmp_path, flat, monkeypatch):
-    """Stopped and resumed on the way: what the pipeline had read ahead is read again."""
-    assert joint.train.main([str(tiny_file)]) == 0
+    """Stopped and resumed on the way: what the pipeline had read ahead is read again. It drives TorchRec's own look-up."""
+    arguments = [str(tiny_file), "train.fast_lookup=false"]
+    assert joint.train.main(arguments) == 0
     with monkeypatch.context() as patch:
         patch.setattr(joint.training, "build_pipeline", sparse_dist)
         patch.setattr(joint.training, "stop_signal", _asked_at(11))  # the third batch of an epoch, two ahead
         for _ in range(2):
-            assert joint.train.main([str(tiny_file), "run.name=piped"]) == 0
+            assert joint.train.main([*arguments, "run.name=piped"]) == 0
     plain, piped = (flat(tmp_path / "runs" / name / "checkpoints") for name in ("tiny", "piped"))
     assert [name for name in plain if not torch.equal(piped[name], plain[name])] == []
     evaluated = [(tmp_path / "runs" / name / "eval.json").read_text() for name in ("tiny", "piped")]

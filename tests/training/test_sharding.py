@@ -50,7 +50,7 @@ def test_a_rank_of_a_second_machine_is_sent_to_a_gpu_of_its_own(configure, assem
     plan = assemble.plan(configure())
     module = JointTask(plan)
     optimize_tables_in_backward(module.embeddings, plan.config.optimizer, device="cuda")
-    found = _plan_by_rule(module, plan.table_settings, torch.device("cuda", 0))
+    found = _plan_by_rule(module, plan, torch.device("cuda", 0))
     tables = [table for part in found.plan.values() for table in part.values()]
     placements = [shard.placement for table in tables for shard in table.sharding_spec.shards]
     assert {p.rank() for p in placements} == {0, 1, 2, 3}

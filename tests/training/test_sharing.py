@@ -273,7 +273,7 @@ def test_two_steps_then_the_checkpoint_gives_the_same_evaluation(
 
 def test_a_pipeline_finds_the_tables_of_every_head(tiny_file, tmp_path, flat, monkeypatch):
     """TorchRec traces the task by the names of its tables and keys, which hold the head's."""
-    arguments = [str(tiny_file), "sharing.mode=none", *QUICK]
+    arguments = [str(tiny_file), "sharing.mode=none", "train.fast_lookup=false", *QUICK]
     assert main(arguments) == 0
     monkeypatch.setattr(joint.training, "build_pipeline", TrainPipelineSparseDist)
     assert main([*arguments, "run.name=piped"]) == 0
