@@ -83,7 +83,7 @@ def test_an_evaluation_leaves_no_trace_in_training(steps):
 
 
 def test_a_whole_run_through_the_pipeline_is_the_run_of_the_plain_loop(tiny_file, tmp_path, flat, monkeypatch):
-    """Stopped and resumed on the way: what the pipeline had read ahead is read again. It drives TorchRec's own look-up."""
+    """Stopped and resumed on the way: what was read ahead is read again. The pipeline drives TorchRec's own look-up."""
     arguments = [str(tiny_file), "train.fast_lookup=false"]
     assert joint.train.main(arguments) == 0
     with monkeypatch.context() as patch:
