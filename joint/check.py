@@ -199,7 +199,7 @@ def _standing(config: Config, dataset: Dataset, continues: Path | None) -> str:
 
 
 def _size(count: float) -> str:
-    """Bytes in decimal units, as joint.plan has them."""
+    """Bytes in decimal units, as many digits as a reader needs."""
     for unit, least in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= least:
             return f"{count / least:.1f} {unit}"
