@@ -20,8 +20,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from joint.colours import BLACK, SERIES
 from joint.comparison.statistics import paired
-from joint.funnels.figures import COLOURS, STYLE
+from joint.funnels.figures import STYLE
 
 NAMES = ["retrieval\nkeeps 100", "pre-ranking\nkeeps 50", "ranking\nkeeps 10"]  # configs/joint.yaml's quotas
 PANELS = {  # title -> metric of each group of bars, and its name
@@ -33,7 +34,7 @@ PANELS = {  # title -> metric of each group of bars, and its name
         )
     ),
     "The teacher's ten left": {"funnel/pre_ranking/teacher_favourites": NAMES[1]},
-    "True worth of an item of": {
+    "True reward per item": {
         "pre_ranking/true_reward@10": "pre-ranking's\nown ten",
         "funnel/true_reward@10": "the ten\nserved",
     },
@@ -55,8 +56,8 @@ def draw(axes: Axes, runs: Path, variants: dict[str, str], metrics: dict[str, st
         for x, metric in enumerate(metrics):
             interval = paired(per_world(runs / variant, metric), 0.0)
             at, mean = x + (place - (len(variants) - 1) / 2) * width, interval.difference
-            axes.bar(at, mean, width * 0.94, color=COLOURS[place], label=None if x else label)
-            axes.plot([at, at], [interval.low, interval.high], color="#000000", linewidth=1.2)
+            axes.bar(at, mean, width * 0.94, color=SERIES[place], label=None if x else label)
+            axes.plot([at, at], [interval.low, interval.high], color=BLACK, linewidth=1.2)
             said = f"{mean:.2f}" if "reward" in metric else f"{mean:.0%}"
             axes.annotate(said, (at, interval.high), (0, 3), textcoords="offset points", ha="center", fontsize=10)
     axes.set_xticks(range(len(metrics)), list(metrics.values()))

@@ -26,6 +26,7 @@ import torch
 import yaml
 
 from benchmarks.step import trainer
+from joint.colours import BLUE
 from joint.config import load_config
 from joint.data.dataset import Dataset, DatasetWriter
 from joint.data.ragged import Ragged
@@ -143,7 +144,7 @@ def draw(found: Mapping[str, list[dict[str, float]]], sizes: Mapping[str, list[i
     for column, (name, points) in enumerate(found.items()):
         for row, (key, label) in enumerate((("ms", "ms a step"), ("mb", "peak MB"))):
             values, axis = [of[key] for of in points], axes[row, column]
-            axis.loglog(sizes[name], values, "o-")
+            axis.loglog(sizes[name], values, "o-", color=BLUE)
             axis.set_title(f"{name}: {exponent(sizes[name], values):.2f}", fontsize=10)
             axis.grid(alpha=0.3)
             if not column:

@@ -1,4 +1,4 @@
-"""The pictures of docs/simulate.md, from the figures of `benchmarks.worlds`. Colours: Okabe and Ito's, with markers."""
+"""The pictures of docs/simulate.md, from the figures of `benchmarks.worlds`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+from joint.colours import BLACK, SERIES
+
 MARKERS = ("o", "s", "^", "D", "v", "P")
+SAID = {"ranked": "ranked, not shown", "exposed_neg": "shown, not viewed"}  # the other groups are called as they are
 Values = Mapping[str, Mapping[str, Sequence[float]]]  # world -> name -> a value a seed
 
 
@@ -29,7 +31,7 @@ def draw_all(
     _tails(folder / "simulate-tails.png", tails)
     _hardness(folder / "simulate-hardness.png", hardness)
     bounds = ("random", "popularity", "incumbent", "light_oracle", "oracle")
-    _by_world(folder / "simulate-ceilings.png", values, bounds, "true reward per item of the ten")
+    _by_world(folder / "simulate-ceilings.png", values, bounds, "true reward per item of a list of ten")
     lessons = ("incumbent", "feedback, cross features", "random negatives", "stage negatives", "imitation")
     gains = {
         world: {
@@ -37,7 +39,7 @@ def draw_all(
         }
         for world, found in values.items()
     }
-    _by_world(folder / "simulate-lessons.png", gains, lessons, "true reward against feedback's, %")
+    _by_world(folder / "simulate-lessons.png", gains, lessons, "gain in true reward over feedback, %")
     _tasks(folder / "simulate-tasks.png", *tasks)
 
 
@@ -49,45 +51,48 @@ def _save(path: Path) -> None:
 
 def _tails(path: Path, tails: Mapping[str, np.ndarray]) -> None:
     _, axes = plt.subplots(1, 2, figsize=(9, 3.6))
-    for axis, colour, (name, counts) in zip(axes, COLOURS, tails.items(), strict=False):
+    for axis, colour, (name, counts) in zip(axes, SERIES, tails.items(), strict=False):
         rank = np.arange(1, len(counts) + 1)
         axis.loglog(rank[counts > 0], counts[counts > 0], color=colour, linewidth=2)
         top = max(1, len(counts) // 100)
         share = counts[:top].sum() / counts.sum()
-        axis.set(xlabel=f"rank of {len(counts):,}", ylabel=name, title=f"{name}: top 1% has {share:.0%}")
+        axis.set(xlabel=f"rank among {len(counts):,}", ylabel=name, title=f"{name}: top 1% has {share:.0%}")
     _save(path)
 
 
 def _hardness(path: Path, hardness: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> None:
-    _, axes = plt.subplots(1, 2, figsize=(9, 3.8))
+    _, axes = plt.subplots(1, 2, figsize=(9, 4.2))
     names = list(next(iter(hardness.values())))
-    for (world, groups), colour, marker in zip(hardness.items(), COLOURS, MARKERS, strict=False):
+    for (world, groups), colour, marker in zip(hardness.items(), SERIES, MARKERS, strict=False):
         for axis, part in zip(axes, (0, 1), strict=True):
             means = [float(np.mean([pair[part] for pair in pairs])) for pairs in groups.values()]
             axis.plot(names, means, color=colour, marker=marker, label=world)
-    axes[0].set(ylabel="AUC of viewed against it", title="Cut later, harder to tell …")
-    axes[1].set(ylabel="mean true reward", title="… because the better")
+    axes[0].set(ylabel="AUC of the viewed against these", title="Cut later, harder to tell …")
+    axes[1].set(ylabel="mean true reward", title="… because they are better")
     axes[1].legend(frameon=False)
     for axis in axes:
-        axis.set_xticks(range(len(names)), names, rotation=25, ha="right")
+        axis.set_xticks(range(len(names)), [SAID.get(name, name) for name in names], rotation=25, ha="right")
     _save(path)
 
 
 def _by_world(path: Path, values: Values, names: Sequence[str], what: str) -> None:
-    """Worlds side by side; a marker a name at its mean, small dots for the seeds."""
+    """Worlds side by side; a marker a name at its mean, a small dot for each seed."""
     _, axis = plt.subplots(figsize=(8, 4))
-    for index, (name, colour, marker) in enumerate(zip(names, COLOURS, MARKERS, strict=False)):
+    for index, (name, colour, marker) in enumerate(zip(names, SERIES, MARKERS, strict=False)):
         for place, world in enumerate(values):
             x = place + (index - (len(names) - 1) / 2) * 0.14
             seeds = values[world][name]
             label = name.replace("_", " ") if not place else None
-            axis.scatter(x, np.mean(seeds), s=80, color=colour, marker=marker, edgecolor="black", label=label)
-            axis.scatter([x] * len(seeds), seeds, s=9, color="black", zorder=3)
+            axis.scatter(x, np.mean(seeds), s=80, color=colour, marker=marker, edgecolor=BLACK, label=label)
+            dots = axis.scatter([x] * len(seeds), seeds, s=9, color=BLACK, zorder=3)
+    dots.set_label("one seed")
     axis.set_xticks(range(len(values)), list(values))
     axis.set(ylabel=what)
-    axis.axhline(0, color="black", linewidth=0.8)
+    axis.axhline(0, color=BLACK, linewidth=0.8)
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.legend(
+        title=f"mean of {len(seeds)} seeds", alignment="left", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
+    )
     _save(path)
 
 
@@ -102,6 +107,6 @@ def _tasks(path: Path, names: list[str], taus: np.ndarray) -> None:
             axis.text(
                 column, row, f"{tau:.2f}", ha="center", va="center", color="white" if abs(tau) > 0.58 else "black"
             )
-    axis.set_title("Kendall's tau of the true orders of D1")
+    axis.set_title("Kendall's tau of the true orders\nof what retrieval keeps")
     axis.spines[:].set_visible(False)
     _save(path)

@@ -1,4 +1,4 @@
-"""The pictures of an audit, as PNG; needs matplotlib. Colours are Okabe and Ito's, told apart by all eyes."""
+"""The pictures of an audit, as PNG; needs matplotlib."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
 from joint.auditing.summary import number, percent
+from joint.colours import LIGHT, MIDDLE, SERIES
 from joint.schema import SPLITS
 
 Rows = list[dict[str, Any]]
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F", "#7F7F7F", "#5B3A8C"]
 MARKERS = "osD^vPX*<>"
 WIDTH = 10.0  # inches of a page; 11 pt letters are read without zooming
 STYLE: dict[Any, Any] = {"font.size": 11, "axes.titlesize": 12, "axes.spines.top": False, "axes.spines.right": False}
@@ -33,7 +33,7 @@ def stage_rows(rows: Rows) -> bytes:
         for place, name in enumerate(stages):
             # Stages of equal numbers lie on each other: the later ones are smaller, so that the earlier ones show.
             size = 12 - 8 * place / len(stages)
-            style = {"color": COLOURS[place % 10], "marker": MARKERS[place % 10], "markersize": size}
+            style = {"color": SERIES[place % len(SERIES)], "marker": MARKERS[place % len(MARKERS)], "markersize": size}
             axes.plot(range(len(days)), [t or np.nan for t in totals[name]], label=name, **style)
         known = [total for row in totals.values() for total in row if total]
         axes.set(yscale="log", ylabel="rows (log scale)")
@@ -43,7 +43,7 @@ def stage_rows(rows: Rows) -> bytes:
         _day_ticks(axes, days)
     else:
         figure, ((axes,),) = _figure(1.2 + 0.4 * len(stages))
-        bars = axes.barh(stages, [totals[name][0] for name in stages], color=COLOURS[0])
+        bars = axes.barh(stages, [totals[name][0] for name in stages], color=SERIES[0])
         axes.bar_label(bars, [f"{totals[name][0]:,}" for name in stages], padding=4)
         axes.invert_yaxis()
         axes.set(xlabel=f"rows on {days[0]}")
@@ -64,7 +64,7 @@ def label_rates(labels: Rows) -> bytes:
         for place, split in enumerate(SPLITS):
             some = [row for row in rows if row["split"] == split]
             x = [days.index(row["day"]) if len(days) > 1 else place for row in some]
-            style = {"color": COLOURS[place], "marker": MARKERS[place], "markersize": 8}
+            style = {"color": SERIES[place], "marker": MARKERS[place], "markersize": 8}
             panel.plot(x, [row[what] for row in some], label=split if some else None, **style)
         highest = max((row[what] for row in rows), default=0)
         panel.set(title=f"{name}: {'mean' if what == 'mean' else 'share above 0'}")
@@ -86,7 +86,7 @@ def long_tails(tails: dict[str, dict[str, Any]]) -> bytes:
     figure, panels = _figure(3.6 * len(tails), len(tails), 1)
     for place, (panel, (name, tail)) in enumerate(zip(panels.flat, tails.items(), strict=True)):
         ranges = tail["ranges"]
-        bars = panel.bar([f"{r['from']:,}" for r in ranges], [r["things"] for r in ranges], color=COLOURS[place])
+        bars = panel.bar([f"{r['from']:,}" for r in ranges], [r["things"] for r in ranges], color=SERIES[place])
         shares = [r["things"] / max(tail["seen"], 1) for r in ranges]
         panel.bar_label(bars, [f"{s:.0%}" if s >= 0.01 else "<1%" if s else "" for s in shares], padding=2)
         thing, what = name.split("_by_")
@@ -134,14 +134,14 @@ def feature_gaps(gaps: Rows) -> bytes:
     for panel, gap in zip(panels.flat, gaps, strict=True):
         features = dict(list(gap["features"].items())[:BARS])
         js, chance = ([said[kind] for said in features.values()] for kind in ("js", "chance_js"))
-        panel.hlines(range(len(features)), chance, js, color="#BBBBBB", linewidth=2, zorder=1)
-        panel.scatter(js, range(len(features)), color=COLOURS[0], s=55, label="JS distance")
+        panel.hlines(range(len(features)), chance, js, color=MIDDLE, linewidth=2, zorder=1)
+        panel.scatter(js, range(len(features)), color=SERIES[0], s=55, label="JS distance")
         panel.scatter(
-            chance, range(len(features)), facecolors="white", edgecolors=COLOURS[1], s=55, marker="D", label="chance"
+            chance, range(len(features)), facecolors="white", edgecolors=SERIES[1], s=55, marker="D", label="chance"
         )
         panel.set_yticks(range(len(features)), list(features))
         panel.set(title=f"{gap['from']} → {gap['to']}", xlim=(-0.02, 1.02), ylim=(len(features) - 0.4, -0.6))
-        panel.grid(axis="x", color="#E5E5E5")
+        panel.grid(axis="x", color=LIGHT)
         panel.set_axisbelow(True)
     panels.flat[-1].set_xlabel("Jensen-Shannon distance (0 the same, 1 nothing in common)")
     figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
@@ -155,7 +155,7 @@ def missing_rates(missing: Rows) -> bytes | None:
         return None
     figure, ((axes,),) = _figure(1.1 + 0.36 * len(some))
     bars = axes.barh(
-        [f"{said['feature']} ({said['of']})" for said in some], [said["rate"] for said in some], color=COLOURS[0]
+        [f"{said['feature']} ({said['of']})" for said in some], [said["rate"] for said in some], color=SERIES[0]
     )
     axes.bar_label(bars, [percent(said["rate"]) for said in some], padding=4)
     axes.invert_yaxis()
@@ -174,7 +174,7 @@ def newcomer_rates(new: Rows) -> bytes:
     for place, said in enumerate(new):
         shares = [said[kind]["new"] / max(said[kind]["all"], 1) for kind in kinds]
         at = np.arange(len(kinds)) + (place - (len(new) - 1) / 2) * width
-        bars = axes.bar(at, shares, width * 0.92, color=COLOURS[SPLITS.index(said["split"])], label=said["split"])
+        bars = axes.bar(at, shares, width * 0.92, color=SERIES[SPLITS.index(said["split"])], label=said["split"])
         axes.bar_label(
             bars, [f"{percent(s)} ({number(said[kind]['new'])})" for s, kind in zip(shares, kinds, strict=True)]
         )

@@ -1,4 +1,4 @@
-"""The pictures of a comparison, as PNG files; needs matplotlib. Colours are Okabe and Ito's, told apart by all eyes."""
+"""The pictures of a comparison, as PNG files; needs matplotlib."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from joint.colours import BLACK, BLUE, DARK, GREEN, HEADS, LIGHT, VERMILLION
 from joint.comparison.analysis import Metric
 from joint.comparison.comparison import Comparison
-from joint.comparison.goals import higher_is_better, is_distance
+from joint.comparison.goals import higher_is_better, in_words, is_distance
 from joint.comparison.statistics import MARGIN, Paired, paired
 
 STYLE: dict[Any, Any] = {
@@ -26,14 +27,13 @@ STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "axes.grid.axis": "x",
     "axes.axisbelow": True,
-    "grid.color": "#EEEEEE",
+    "grid.color": LIGHT,
     "ytick.left": False,
 }
 WIDTH = 13.3  # inches of a slide
 # By verdict: colour and marker, so that neither alone must be told apart.
-LOOKS = {"better": ("#0072B2", "^"), "worse": ("#D55E00", "v"), "same": ("#009E73", "s")}
-OTHER, BASELINE = ("#595959", "o"), ("#000000", "D")
-HEADS = {"retrieval": "#0072B2", "pre_ranking": "#E69F00", "ranking": "#009E73"}
+LOOKS = {"better": (BLUE, "^"), "worse": (VERMILLION, "v"), "same": (GREEN, "s")}
+OTHER, BASELINE = (DARK, "o"), (BLACK, "D")
 
 STAGE = re.compile(r"funnel/(\w+)/recall@(\d+)")  # the metric of a stage: head, quota
 
@@ -82,16 +82,16 @@ def _frame(figure: Figure, left: Axes, right: Axes, comparison: Comparison, metr
     names = list(comparison.variants)
     several = len({result.world for result in comparison.results}) > 1
     way = "higher" if higher_is_better(metric.name) else "lower"
-    what = f"distance of {metric.name} from 1" if is_distance(metric.name) else metric.name
-    figure.suptitle(f"{what} ({way} is better)", x=0.01, ha="left", fontsize=18)
+    what = f"Distance of {metric.name} from 1" if is_distance(metric.name) else in_words(metric.name)
+    figure.suptitle(f"{what}: {way} is better", x=0.01, ha="left", fontsize=18)
     said = [f"{name}\n(placebo of {of})" if (of := comparison.placebos.get(name)) else name for name in names]
     left.set_yticks(range(len(names)), said)
     left.set_ylim(len(names) - 0.45, -0.75)
     left.set_xlabel(f"small dots: {'worlds' if several else 'seeds'}; bar: 95 % interval of the mean")
     right.set_xlabel(f"difference to {comparison.baseline} (band: ±{MARGIN:.0%})")
     scale = 1.0 if is_distance(metric.name) else abs(metric.summaries[comparison.baseline].mean)
-    right.axvspan(-MARGIN * scale, MARGIN * scale, color="#E4E4E4", zorder=0)
-    right.axvline(0, color="#000000", linewidth=1)
+    right.axvspan(-MARGIN * scale, MARGIN * scale, color=LIGHT, zorder=0)
+    right.axvline(0, color=BLACK, linewidth=1)
     _zoom(left, [value for summary in metric.summaries.values() for value in summary.values])
     differences = [contrast.test.difference for contrast in metric.contrasts.values() if contrast.test.n]
     _zoom(right, [*differences, -1.5 * MARGIN * scale, 1.5 * MARGIN * scale])
@@ -144,7 +144,7 @@ def _stage(axes: Axes, head: str, names: Sequence[str], by_quota: dict[str, Metr
         mean, interval = float(np.mean(values)), paired(values, 0.0)
         low, high = np.clip(np.nan_to_num([interval.low, interval.high], nan=mean), 0.0, 1.0)
         axes.barh(y, mean, height=0.6, color=HEADS[head])
-        axes.plot([low, high], [y, y], color="#000000", linewidth=2)
+        axes.plot([low, high], [y, y], color=BLACK, linewidth=2)
         axes.annotate(f"{mean:.1%}", (max(mean, high), y), (7, 0), textcoords="offset points", va="center")
         highest = max(highest, mean, high)
     return highest

@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from joint.colours import BLUE, ORANGE, VERMILLION
 from joint.comparison.figures import STYLE, WIDTH
 from joint.errors import UserError
 from joint.run import RunDirectory
@@ -18,7 +19,7 @@ from joint.schema import GROUPS
 PREFIX = "negative_weights/"
 STAGES = tuple(GROUPS)  # from the easiest negatives to the hardest
 SMOOTH = 10
-LINES = {"matching_ns": ("#0072B2", "-"), "pre_ranking_ns": ("#E69F00", "--"), "ranking_ns": ("#D55E00", ":")}
+LINES = {"matching_ns": (BLUE, "-"), "pre_ranking_ns": (ORANGE, "--"), "ranking_ns": (VERMILLION, ":")}
 
 
 def read_weights(run: RunDirectory) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""The pictures of a funnel, as PNG files; needs matplotlib. Colours are Okabe and Ito's, told apart by all eyes."""
+"""The pictures of a funnel, as PNG files; needs matplotlib."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
+from joint.colours import BLUE, DARK, GREEN, HEADS, LIGHT, MIDDLE, SERIES, VERMILLION
 from joint.funnels.measure import REWARD, Point, Quotas, efficient
 from joint.funnels.shares import KINDS, Slice, left, lost
 
@@ -24,14 +25,11 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
-    "grid.color": "#EEEEEE",
+    "grid.color": LIGHT,
 }
 WIDTH = 10.0  # inches of a page
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-LOST = {"outside": "#B5B5B5", "retrieval": "#0072B2", "pre_ranking": "#E69F00", "ranking": "#CC79A7"}
-STAGES = LOST | {"left": "#009E73"}
+STAGES = {"outside": MIDDLE, **HEADS, "left": GREEN}
 SAID = {"outside": "not eligible", "left": "came through"}
-QUIET, LOUD, OWN = "#C4C4C4", "#0072B2", "#D55E00"
 APART = 0.09  # of the frame: names of points that are closer would lie on each other
 
 
@@ -73,7 +71,7 @@ def _bars(axes: Axes, shares: Mapping[str, Mapping[str, float]]) -> None:
     width = 0.84 / len(shares)
     for place, (name, values) in enumerate(shares.items()):
         x = np.arange(len(values)) + (place - (len(shares) - 1) / 2) * width
-        bars = axes.bar(x, list(values.values()), width * 0.94, color=COLOURS[place % len(COLOURS)], label=name)
+        bars = axes.bar(x, list(values.values()), width * 0.94, color=SERIES[place % len(SERIES)], label=name)
         axes.bar_label(bars, [f"{value:.0%}" for value in values.values()], padding=2, fontsize=11)
     axes.set_ylim(0, 1.08)
     axes.set_yticks([0, 0.5, 1])
@@ -109,7 +107,7 @@ def lost_figure(numbers: Mapping[str, float], quotas: Quotas, rows: Sequence[Sli
 
 def _stacked(axes: Axes, y: int, shares: Mapping[str, float]) -> None:
     if not shares:
-        axes.annotate("none is wanted", (0.02, y), va="center", color="#595959")
+        axes.annotate("none is wanted", (0.02, y), va="center", color=DARK)
     begin = 0.0
     for stage, share in shares.items():
         axes.barh(y, share, left=begin, height=0.74, color=STAGES[stage], edgecolor="white", linewidth=0.8)
@@ -139,10 +137,10 @@ def _frontier(axes: Axes, points: Sequence[Point], measure: str, now: Quotas) ->
     cost = np.array([point.cost / 1e6 for point in points])
     value = np.array([point.values[measure] for point in points])
     best = np.array(efficient(points, measure))
-    axes.plot(cost[~best], value[~best], "o", color=QUIET, markersize=6)
-    axes.plot(cost[best], value[best], "o-", color=LOUD, markersize=7, linewidth=1.5)
+    axes.plot(cost[~best], value[~best], "o", color=MIDDLE, markersize=6)
+    axes.plot(cost[best], value[best], "o-", color=BLUE, markersize=7, linewidth=1.5)
     own = np.array([point.quotas == now for point in points])
-    axes.plot(cost[own], value[own], "D", color=OWN, markersize=9, label="the config's", zorder=3)
+    axes.plot(cost[own], value[own], "D", color=VERMILLION, markersize=9, label="the config's", zorder=3)
     if own.any():
         axes.legend(loc="lower right", frameon=False)
     what = KINDS.get(measure, "true reward of an item of the ten" if measure == REWARD else measure)

@@ -16,7 +16,7 @@ from scipy import stats
 
 from joint.comparison.analysis import analyse, metric_names
 from joint.comparison.folders import Result, read_json
-from joint.comparison.goals import goodness, higher_is_better, shown
+from joint.comparison.goals import goodness, higher_is_better, in_words, shown
 from joint.comparison.report import headline, markdown, rows_csv, summary_csv
 from joint.comparison.writing import write_report
 
@@ -79,6 +79,20 @@ def test_lower_is_better_where_the_name_says_so(made_up):
 )
 def test_which_way_is_better(metric, higher):
     assert higher_is_better(metric) == higher
+
+
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [
+        ("funnel/true_reward@10", "True reward per item of the 10 served"),
+        ("pre_ranking/true_reward@10", "True reward per item of pre-ranking's own 10"),
+        ("funnel/pre_ranking/recall@50", "Positives left when pre-ranking has kept 50"),
+        ("funnel/lost/retrieval", "Positives lost by retrieval"),
+        ("ranking/auc/like/ranking_ns", "ranking/auc/like/ranking_ns"),  # nobody has words for it
+    ],
+)
+def test_pictures_are_titled_in_words_where_there_are_some(metric, words):
+    assert in_words(metric) == words
 
 
 def test_calibration_is_best_at_one():
