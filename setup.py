@@ -44,11 +44,18 @@ EXTRAS = {
 # The experiments travel inside the wheel, where `joint train configs/sdcl.yaml` finds them.
 CONFIGS = ["joint.configs", "joint.configs.papers", "joint.configs.ablations"]
 
+
+def of_an_index(readme: str) -> str:
+    """The README where its neighbours are not: without its pictures, and names in place of links to other files."""
+    without_pictures = re.sub(r"!\[[^]]*\]\((?!https?:)[^)]*\)\n*", "", readme)
+    return re.sub(r"\[([^]]*)\]\((?!https?:|#)[^)]*\)", r"\1", without_pictures)
+
+
 setup(
     name="joint-cascade-trainer",
     version=VERSION.group(1),
     description="Joint retrieval / pre-ranking / ranking trainer with shared TorchRec tables",
-    long_description=(HERE / "README.md").read_text(),
+    long_description=of_an_index((HERE / "README.md").read_text()),
     long_description_content_type="text/markdown",
     packages=[*find_packages(include=["joint*", "towers*", "losses*"]), *CONFIGS],
     package_dir={"joint.configs": "configs"},

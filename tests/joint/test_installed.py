@@ -1,8 +1,11 @@
-"""What an installed copy has: one command for all, and the configs."""
+"""What an installed copy has: one command for all, the configs, and a README that leads nowhere it cannot."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from importlib import import_module
 from pathlib import Path
 
@@ -66,3 +69,37 @@ def test_the_wheel_has_every_folder_of_configs() -> None:
     packages = re.search(r"^CONFIGS = \[(.*?)\]", (HOUSE / "setup.py").read_text(), re.MULTILINE | re.DOTALL)
     assert packages
     assert set(re.findall(r'"(.*?)"', packages[1])) == {f"joint.{'.'.join(folder.parts)}" for folder in folders}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The wheel of a copy of what it is made from, where nothing was built before."""
+    copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("out")
+    for name in ("joint", "losses", "towers", "configs"):
+        shutil.copytree(HOUSE / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(HOUSE / name, copy)
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", str(out), "."]
+    done = subprocess.run(pip, cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "DEPRECATION" not in done.stderr
+    return zipfile.ZipFile(next(out.glob("*.whl")))
+
+
+def test_the_wheel_runs_outside_the_checkout(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    wheel.extractall(tmp_path / "site")
+    command = [sys.executable, "-m", "joint", "config", "configs/recommended.yaml"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "soft_pairwise" in done.stdout
+    folders = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" not in name}
+    assert folders == {"joint", "losses", "towers"}
+
+
+def test_the_page_of_an_index_links_to_nothing_beside_it(wheel: zipfile.ZipFile) -> None:
+    metadata = wheel.read(next(name for name in wheel.namelist() if name.endswith("/METADATA"))).decode()
+    links = re.findall(r"\]\(([^)]*)\)", metadata)
+    assert links  # TorchRec's own page, say
+    assert not [link for link in links if not link.startswith("http")]
+    assert "docs/quick_start.md" in metadata  # the names are still there
