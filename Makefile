@@ -6,7 +6,7 @@ BIN := .venv/bin
 EXTRA ?= cpu
 DATA := data/ml-100k
 
-.PHONY: install data train test slow-test check fast-test golden docs benchmarks gpu-check clean
+.PHONY: install data train test slow-test check fast-test golden docs gpu-check clean
 
 install: .venv/installed-$(EXTRA)
 
@@ -25,7 +25,7 @@ $(DATA)/dataset.json: | .venv/installed-$(EXTRA)
 	$(BIN)/python -m joint.prepare movielens data/downloads/recbole-1.2.1-py3-none-any.whl $(DATA) --overwrite
 
 train: install data
-	$(BIN)/torchrun --standalone -m joint.train configs/sdcl.yaml
+	$(BIN)/python -m joint.train configs/sdcl.yaml
 
 check: install
 	$(BIN)/ruff check .
@@ -47,12 +47,6 @@ golden: install
 
 docs: install
 	$(BIN)/mkdocs build --strict
-
-benchmarks: install
-	$(BIN)/python -m benchmarks.losses
-	$(BIN)/python -m benchmarks.metrics
-	$(BIN)/python -m benchmarks.attention
-	$(BIN)/python -m benchmarks.ranks
 
 gpu-check: install
 	$(BIN)/python -m benchmarks.gpu_check

@@ -1,4 +1,4 @@
-"""`torchrun -m joint.train CONFIG [key=value ...] [--check]`, or `python -m …`: train, resume, and evaluate."""
+"""`python -m joint.train CONFIG [key=value ...] [--check]`, or `torchrun -m …`: train, resume, and evaluate."""
 
 from __future__ import annotations
 

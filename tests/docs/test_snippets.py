@@ -1,10 +1,10 @@
-"""Every command and snippet of README.md and docs/ is run, page by page, on tiny data.
+"""Every command and snippet of the pages, those outside of docs/ too, is run, page by page, on tiny data.
 
 A fence says what it holds. `bash`: a shell reads the block, and what it would start is run in this process, smaller.
 `python`: run. `yaml`: resolved, as a config (over configs/joint.yaml unless it has a `base`), an ablation or a map.
 `json`: parsed. `diff`: applied to a copy of the sources, which the page's further commands run. `text`: shown.
 `title="FILE"` also writes the block there. Commands in the text and in usage lines, with their placeholders, must exist
-with all the options that they name.
+with all the options that they name, and so must files. Benchmarks take minutes: their own parsers read their arguments.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
 
+from benchmarks.run import BENCHMARKS
 from joint.__main__ import COMMANDS
 from joint.commands import run_command
 from joint.compare import _parser as compare_parser
@@ -33,16 +36,16 @@ from joint.config import load_config
 from joint.data.flat.map import read_map
 
 ROOT = Path(__file__).parents[2]
-PAGES = {page.name: page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
-NEEDS = dict.fromkeys(("compare.md", "funnel.md", "serving.md", "predict.md"), "quick_start.md")  # what it made
+OUTSIDE = ("README.md", "CONTRIBUTING.md", "configs/README.md", "benchmarks/README.md")
+PAGES = {name: ROOT / name for name in OUTSIDE} | {page.name: page for page in sorted((ROOT / "docs").glob("*.md"))}
+AFTER = ("compare.md", "funnel.md", "serving.md", "predict.md", "many_ranks.md")  # they go on from what it made
+NEEDS = dict.fromkeys(AFTER, "quick_start.md")
 LANGUAGES = {"bash", "python", "yaml", "json", "diff", "text"}
 NOT_RUN = {  # what no test can do here, and why
     "pip": "installs packages",
     "python3": "makes the environment",
     ".": "enters it",
     "tensorboard": "serves until it is stopped",
-    "make": "is CI itself, or installs first",
-    "benchmarks": "measures for minutes",
 }
 # A shell in which every program only says what it was called with.
 PROGRAMS = (".", "pip", "python", "python3", "torchrun", "joint", "make", "tensorboard")
@@ -52,6 +55,7 @@ TARGETS = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
 FENCE = re.compile(r"^```(\w*)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.M | re.S)
 INLINE = re.compile(r"`((?:python -m|torchrun|joint|make) [^`\n]+)`")
 USAGE = re.compile(r"^(?:python -m|torchrun|joint|make) .*(?:\n {8,}.*)*", re.M)
+FILE = re.compile(r"`((?:joint|losses|towers|tests|benchmarks|configs|docs)/[\w./-]*)`")
 
 
 class Block(NamedTuple):
@@ -167,7 +171,10 @@ def run(command: str, arguments: list[str], *, sources: Path | None) -> None:
 
     With changed `sources` it needs a process of its own.
     """
-    if command in NOT_RUN or command.split(".")[0] in NOT_RUN:
+    if command in NOT_RUN:
+        return
+    if command == "make" or command.startswith("benchmarks."):
+        understood(command, arguments)
         return
     assert command in COMMANDS, f"no command {command}"
     if command == "compare":
@@ -189,6 +196,35 @@ def planned(arguments: list[str]) -> None:
     assert all(path.exists() for path in paths)
     if not paths[0].is_dir():
         read_ablation(paths[0], [text for text in parsed.targets if "=" in text], any_data=True)
+
+
+class UnderstoodError(Exception):
+    """A program has read its arguments; it need not go on."""
+
+
+def understood(command: str, arguments: list[str]) -> None:
+    """`make` has such targets; a benchmark takes such arguments, by its own parser or, where it has none, no others."""
+    if command == "make":  # is CI itself, or installs first
+        assert set(arguments) - {"…"} <= {"EXTRA=gpu", *TARGETS}, arguments
+        return
+    if command == "benchmarks.run" and arguments[:1] not in ([], ["NAME"]):
+        command, arguments = f"benchmarks.{arguments[0]}", arguments[1:] or BENCHMARKS[arguments[0]][1]
+    file = ROOT / f"{command.replace('.', '/')}.py"
+    file = file if file.is_file() else file.with_suffix("") / "__main__.py"
+    if "ArgumentParser" not in file.read_text():
+        assert not arguments or command == "benchmarks.run", f"{command} takes no arguments"
+        return
+
+    def stop(*given: Any) -> None:
+        parse_args(*given)
+        raise UnderstoodError
+
+    parse_args = ArgumentParser.parse_args
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ArgumentParser, "parse_args", stop)
+        patch.setattr(sys, "argv", [command, *arguments])
+        with pytest.raises(UnderstoodError):
+            runpy.run_module(command, run_name="__main__")
 
 
 def options_of(command: str, arguments: list[str]) -> str:
@@ -216,18 +252,19 @@ def test_what_a_page_shows_runs(name: str, reader: Reader) -> None:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_what_a_page_names_is_there(name: str) -> None:
-    """Commands in the text and usage lines: they exist, with these options, and their configs resolve."""
+    """Commands in the text and usage lines: they exist, with these options. Files of the repository exist."""
     page = PAGES[name].read_text()
+    written = {block.title for block in blocks(name)}
+    assert not [file for file in FILE.findall(page) if not (ROOT / file).exists() and file not in written]
     usage = [line for block in blocks(name) if block.language == "text" for line in USAGE.findall(block.text)]
     for line in [*INLINE.findall(page), *usage]:
         command, arguments = module_of(re.sub(r"[][…|]", " ", line).split())
-        if command.startswith("-") or command == "torchrun":  # options of `joint` and of torchrun itself
+        if command.startswith("-") or command in ("torchrun", "COMMAND"):  # options of `joint` and of torchrun itself
             continue
-        if command == "make":
-            assert set(arguments) - {"…"} <= {"EXTRA=gpu", *TARGETS}, line
+        if command == "make" or command.startswith("benchmarks."):
+            understood(command, arguments)
         elif command not in COMMANDS:  # a module that is no command of `joint`
-            name = command if command.startswith("benchmarks.") else f"joint.{command}"
-            assert (ROOT / f"{name.replace('.', '/')}.py").is_file(), line
+            assert (ROOT / f"joint/{command.replace('.', '/')}.py").is_file(), line
         else:
             known = options_of(command, arguments)
             assert not [option for option in arguments if option.startswith("--") and option not in known], line
