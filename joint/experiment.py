@@ -15,7 +15,7 @@ from joint.objectives import Distillation, Head, Imitation, Objective
 from towers.pre_ranking import PreRanking
 from towers.ranking import Ranking
 from towers.retrieval import Retrieval
-from towers.sequence import Competing, Pooling, SelfAttention, TargetAttention
+from towers.sequence import Competing, Reading
 
 
 def _at_least(minimum: float, **values: float) -> None:
@@ -140,7 +140,7 @@ class Encoder:
     combine: Literal["add", "multiply"] = "add"  # how they join the item: RRA 4.2.1 multiplies
     competing: Competing | None = None  # each event becomes what it won against (RecFlow A.6)
     length: int = 50  # newest events read
-    by: Pooling | SelfAttention | TargetAttention
+    by: Reading
 
     def __post_init__(self) -> None:
         _at_least(1, length=self.length)

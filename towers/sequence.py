@@ -95,7 +95,7 @@ class TargetAttention:
         check_widths(hidden=self.hidden)
 
 
-Encoder = Pooling | SelfAttention | TargetAttention
+Reading = Pooling | SelfAttention | TargetAttention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,7 +329,7 @@ class CompetingEncoder(nn.Module):
         return torch.bmm(weights.unsqueeze(1), competitors).squeeze(1)
 
 
-def build_encoder(config: Encoder, *, dim: int) -> PoolingEncoder | SelfAttentionEncoder | TargetAttentionEncoder:
+def build_encoder(config: Reading, *, dim: int) -> PoolingEncoder | SelfAttentionEncoder | TargetAttentionEncoder:
     """The encoder of a config for histories of width `dim`, which is its `out_dim` too.
 
     Only `TargetAttentionEncoder` also takes `target [N, D]` and `row [N]`; it gives one vector per candidate.

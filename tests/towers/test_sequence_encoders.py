@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from towers import sequence
-from towers.sequence import Encoder, Pooling, SelfAttention, TargetAttention, build_encoder, to_padded
+from towers.sequence import Pooling, Reading, SelfAttention, TargetAttention, build_encoder, to_padded
 
-KINDS: list[Encoder] = [
+KINDS: list[Reading] = [
     Pooling(),
     Pooling(kind="sum"),
     SelfAttention(mode="causal", layers=2, heads=2, positions=3),
@@ -27,7 +27,7 @@ LENGTHS = torch.tensor([3, 0, 5, 1])
 ROW = torch.tensor([0, 0, 1, 2, 2, 3])
 
 
-def make(config: Encoder) -> Any:
+def make(config: Reading) -> Any:
     torch.manual_seed(0)
     encoder = build_encoder(config, dim=DIM).double().eval()
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_to_padded_of_no_events_stays_in_the_graph(max_length: int | None) -> No
 
 
 @pytest.mark.parametrize("config", KINDS)
-def test_padding_never_matters(config: Encoder) -> None:
+def test_padding_never_matters(config: Reading) -> None:
     encoder = make(config)
     history, target = inputs()
     expected = encode(encoder, history, LENGTHS, target, ROW)
@@ -94,7 +94,7 @@ def test_padding_never_matters(config: Encoder) -> None:
 
 
 @pytest.mark.parametrize("config", KINDS)
-def test_an_empty_history_gives_zeros_and_finite_gradients(config: Encoder) -> None:
+def test_an_empty_history_gives_zeros_and_finite_gradients(config: Reading) -> None:
     encoder = make(config)
     history, target = inputs()
     leaf: Any = history.requires_grad_()
@@ -125,7 +125,7 @@ def test_empty_histories_do_not_rely_on_the_attention_kernel(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("config", KINDS)
-def test_requests_are_independent(config: Encoder) -> None:
+def test_requests_are_independent(config: Reading) -> None:
     encoder = make(config)
     history, target = inputs()
     whole = encode(encoder, history, LENGTHS, target, ROW)
@@ -137,7 +137,7 @@ def test_requests_are_independent(config: Encoder) -> None:
 
 
 @pytest.mark.parametrize("config", KINDS)
-def test_a_length_above_the_places_is_read_as_the_places(config: Encoder) -> None:
+def test_a_length_above_the_places_is_read_as_the_places(config: Reading) -> None:
     encoder = make(config)
     history, target = inputs()
     expected = encode(encoder, history, torch.full((4,), 5), target, ROW)
@@ -147,7 +147,7 @@ def test_a_length_above_the_places_is_read_as_the_places(config: Encoder) -> Non
 @pytest.mark.parametrize(
     ("config", "ordered"), [(Pooling(), False), (TargetAttention(), False), (SelfAttention(), True)]
 )
-def test_which_encoders_see_the_order_of_events(config: Encoder, ordered: bool) -> None:
+def test_which_encoders_see_the_order_of_events(config: Reading, ordered: bool) -> None:
     encoder = make(config)
     history, target = inputs()
     lengths = torch.full((4,), 5)
@@ -365,7 +365,7 @@ def test_target_attention_of_no_candidates() -> None:
 
 
 @pytest.mark.parametrize("config", KINDS)
-def test_bfloat16_autocast_of_histories(config: Encoder) -> None:
+def test_bfloat16_autocast_of_histories(config: Reading) -> None:
     torch.manual_seed(0)
     encoder = build_encoder(config, dim=DIM)
     history, target = (x.float() for x in inputs())
@@ -376,7 +376,7 @@ def test_bfloat16_autocast_of_histories(config: Encoder) -> None:
 
 
 @pytest.mark.parametrize("config", KINDS)
-def test_export_with_dynamic_sizes(config: Encoder) -> None:
+def test_export_with_dynamic_sizes(config: Reading) -> None:
     encoder = make(config)
     history, target = inputs()
     batch, places, count = (torch.export.Dim(name, min=1) for name in ("batch", "places", "count"))
