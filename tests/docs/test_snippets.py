@@ -129,8 +129,9 @@ class Reader:
 
     def resolve(self, name: str, block: Block) -> None:
         """Raises what a command would say of this YAML; a part of a map is laid over those before it."""
-        keys, is_map = yaml.safe_load(block.text), name == "own_logs.md"
-        base = "" if keys.keys() & {"base", "user"} else f"base: {self.map if is_map else 'joint.yaml'}\n"
+        keys = yaml.safe_load(block.text)
+        is_map = name == "own_logs.md" and "heads" not in keys
+        base = "" if keys.keys() & {"base", "user", "run"} else f"base: {self.map if is_map else 'joint.yaml'}\n"
         path = self.folder / (block.title or (f"{block.line}.yaml" if is_map else f"configs/{block.line}.yaml"))
         path.write_text(base + block.text)
         if is_map:
