@@ -208,6 +208,7 @@ def understood(command: str, arguments: list[str]) -> None:
     if command == "make":  # is CI itself, or installs first
         assert set(arguments) - {"…"} <= {"EXTRA=gpu", *TARGETS}, arguments
         return
+    assert all((ROOT / argument).is_file() for argument in arguments if argument.startswith("configs/")), arguments
     if command == "benchmarks.run" and arguments[:1] not in ([], ["NAME"]):
         command, arguments = f"benchmarks.{arguments[0]}", arguments[1:] or BENCHMARKS[arguments[0]][1]
     file = ROOT / f"{command.replace('.', '/')}.py"
