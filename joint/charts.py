@@ -17,6 +17,7 @@ OF_SPEED: Charts = {
     "requests a second": ["speed/requests_per_second$"],
     "candidates a second": ["speed/candidates_per_second$"],
     "share of time waiting for data": ["speed/data_wait_fraction$"],
+    "seconds left": ["speed/seconds_left$"],
     "peak memory, GiB": ["memory/peak_gib$"],
 }
 

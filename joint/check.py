@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -24,14 +23,13 @@ from joint.fast_lookup import use_fast_lookup
 from joint.features import Plan
 from joint.first_steps import Tried, part_of, try_steps
 from joint.optimizers import build_optimizer, state_of_row
-from joint.plan import rows_by_rank
-from joint.reporting import peak_gib
+from joint.plan import rows_by_rank, size_text
+from joint.reporting import peak_memory
 from joint.run import open_run
 from joint.schema import SPLITS
-from joint.summary import WIDTH, aligned, collision_lines, cost_cells
+from joint.summary import aligned, collision_lines, cost_cells, wrapped
 from joint.task import build_task
 
-NO_BREAK = "\u00a0"
 MOST_RANKS = 8  # that are listed one by one
 MOST_NAMED = 4  # parameters without a gradient
 
@@ -93,9 +91,7 @@ def _data_lines(plan: Plan) -> Iterator[str]:
 
 def _line(name: str, words: Sequence[str]) -> str:
     """A named line of words; one that is too long goes on below, between words."""
-    text = ", ".join(word.replace(" ", NO_BREAK) for word in words) or "-"
-    indent = f"{name:<11}"
-    return textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=" " * 11).replace(NO_BREAK, " ")
+    return wrapped(words or ["-"], first=f"{name:<11}", between=", ")
 
 
 def _label(name: str, task: Task) -> str:
@@ -109,15 +105,15 @@ def _table_lines(plan: Plan, held: Mapping[str, Sequence[int]]) -> Iterator[str]
     row_bytes = {table.name: 4 * (table.dim + state_of_row(kind, table.dim)) for table in plan.tables}
     cells = [["table", "rows", "dim", f"with {kind.kind}", f"on {ranks} rank(s)"]]
     for table in plan.tables:
-        size = _size(table.rows * row_bytes[table.name])
+        size = size_text(table.rows * row_bytes[table.name])
         cells.append([table.name, f"{table.rows:,}", str(table.dim), size, _place(held[table.name])])
     yield from aligned(cells)
     by_rank = [sum(held[name][r] * row_bytes[name] for name in held) for r in range(ranks)]
     if ranks > MOST_RANKS:
-        most = max(by_rank)
-        yield f"a rank holds {_size(min(by_rank))} to {_size(most)} (rank {by_rank.index(most)}); joint.plan has more"
+        least, most = min(by_rank), max(by_rank)
+        yield f"a rank holds {size_text(least)} to {size_text(most)} (rank {by_rank.index(most)}); joint.plan has more"
     else:
-        yield "; ".join(f"rank {r} holds {_size(size)}" for r, size in enumerate(by_rank))
+        yield "; ".join(f"rank {r} holds {size_text(size)}" for r, size in enumerate(by_rank))
 
 
 def _place(rows: Sequence[int]) -> str:
@@ -163,8 +159,8 @@ def _price_lines(plan: Plan, loader: Loader, tried: Tried, checkpoint: int) -> I
     yield _line(
         "device", [torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", threads, train.precision]
     )
-    yield _line("memory", [f"{peak_gib():.1f} GiB at its peak so far, on a rank"])
-    yield _line("disk", [f"{_size(checkpoint)} a checkpoint, {train.keep} of them kept"])
+    yield _line("memory", [f"{size_text(peak_memory())} at its peak so far, on a rank"])
+    yield _line("disk", [f"{size_text(checkpoint)} a checkpoint, {train.keep} of them kept"])
 
 
 def _warnings(config: Config, tried: Tried) -> Iterator[str]:
@@ -196,11 +192,3 @@ def _standing(config: Config, dataset: Dataset, continues: Path | None) -> str:
     if run.begun:
         return f"nothing was written; joint.train goes on in {run.path}, from {steps(run.checkpoints)[-1].name}"
     return f"nothing was written; joint.train begins {run.path}"
-
-
-def _size(count: float) -> str:
-    """Bytes in decimal units, as many digits as a reader needs."""
-    for unit, least in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= least:
-            return f"{count / least:.1f} {unit}"
-    return f"{count:.0f} B"

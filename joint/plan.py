@@ -16,7 +16,7 @@ from typing import Any
 from joint.commands import run_command
 from joint.versions import check_versions
 
-UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+UNITS = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}
 
 
 @dataclass
@@ -35,7 +35,15 @@ def size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|TB)", text.strip().upper())
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; expected one like 80GB")
-    return int(float(match[1]) * UNITS[match[2]])
+    return int(float(match[1]) * UNITS[match[2].replace("K", "k")])
+
+
+def size_text(count: float) -> str:
+    """Bytes as every command says them: in decimal units, three digits (2.03 kB, 36.0 GB, 120 GB)."""
+    for unit, least in UNITS.items():
+        if (value := count / least) >= 1:
+            return f"{value:.{2 - (value >= 10) - (value >= 100)}f} {unit}"
+    return f"{count:.0f} B"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,7 +87,7 @@ def report(plan: Any, asked: argparse.Namespace) -> Iterator[str]:
     topology = topology_of(device, ranks=ranks, ranks_per_machine=asked.ranks_per_machine, hbm=asked.hbm, ddr=asked.ddr)
     options = planned(plan, topology)
     share = max(1, plan.config.data.requests_per_batch // ranks)
-    yield f"{ranks} ranks on {device}, {_gb(memory)} each; {share} requests a rank and step"
+    yield f"{ranks} ranks on {device}, {size_text(memory)} each; {share} requests a rank and step"
     yield from _table_lines(options)
     yield ""
     yield from _rank_lines(options, ranks, memory)
@@ -112,9 +120,9 @@ def planned(plan: Any, topology: Any) -> list[Any]:
         storage = topology.devices[0].storage
         memory = storage.hbm if topology.compute_device == "cuda" else storage.ddr
         raise ConfigError(
-            f"no plan fits: rows and {optimizer.tables.kind} take {_gb(needed)}, and {ranks} ranks of {_gb(memory)} "
-            f"have {_gb(int(ranks * memory * (1 - RESERVED)))} after the {RESERVED:.0%} that is kept free; "
-            "take more ranks, fewer rows, row_wise tables or tables.NAME.memory: uvm_caching"
+            f"no plan fits: rows and {optimizer.tables.kind} take {size_text(needed)}, and {ranks} ranks of "
+            f"{size_text(memory)} have {size_text(ranks * memory * (1 - RESERVED))} after the {RESERVED:.0%} that is "
+            "kept free; take more ranks, fewer rows, row_wise tables or tables.NAME.memory: uvm_caching"
         ) from error
     return sorted(found.options, key=lambda option: -sum(_bytes(shard) for shard in option.shards))
 
@@ -152,7 +160,7 @@ def _table_lines(options: Sequence[Any]) -> Iterator[str]:
         ranks = len({shard.rank for shard in option.shards})
         yield (
             f"{option.name:20}{rows:>15,}{dim:>5}  {option.sharding_type:12}{option.compute_kernel:18}{ranks:>6}"
-            f"{_gb(held):>11}{slowest:>12.3f} ms"
+            f"{size_text(held):>11}{slowest:>12.3f} ms"
         )
 
 
@@ -162,7 +170,7 @@ def _rank_lines(options: Sequence[Any], ranks: int, memory: int) -> Iterator[str
     for option in options:
         for shard in option.shards:
             held[shard.rank] += _bytes(shard)
-    for text, group in groupby(range(ranks), key=lambda rank: _gb(held[rank])):
+    for text, group in groupby(range(ranks), key=lambda rank: size_text(held[rank])):
         members = list(group)
         name = f"rank {members[0]}" if len(members) == 1 else f"ranks {members[0]}-{members[-1]}"
         yield f"{name:20}{text:>11} each, {held[members[0]] / memory:.0%} of its memory"
@@ -189,10 +197,6 @@ def _time_lines(options: Sequence[Any], ranks: int) -> Iterator[str]:
 def _bytes(shard: Any) -> int:
     """What a shard takes, in the memory of its GPU and of its host."""
     return int(shard.storage.hbm + shard.storage.ddr)
-
-
-def _gb(count: float) -> str:
-    return f"{count / 1e9:,.2f} GB" if count >= 1e7 else f"{count / 1e6:,.2f} MB"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a run says: one readable line per interval, the same numbers in metrics.jsonl and TensorBoard (first rank)."""
+"""What a run says: two lines or three an interval; the same numbers in metrics.jsonl and TensorBoard (first rank)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from joint.distributed import rank
 from joint.files import write_whole
+from joint.plan import size_text
 from joint.run import RunDirectory
+from joint.summary import wrapped
 
 
 class Reporter:
@@ -71,26 +73,24 @@ class Reporter:
         `more` are numbers that are kept but not printed, such as learning rates.
         """
         requests, candidates, unknown = counts
-        elapsed = self._seconds
         losses = {n: float(torch.stack([entry[n] for entry in self._losses]).mean()) for n in self._losses[0]}
-        numbers = {f"loss/{name}": value for name, value in losses.items()}
-        numbers |= more
-        numbers["speed/requests_per_second"] = requests / elapsed
-        numbers["speed/candidates_per_second"] = candidates / elapsed
-        numbers["speed/data_wait_fraction"] = self._waited / elapsed
-        numbers["memory/peak_gib"] = peak_gib()
-        numbers["data/unknown_ids"] = float(unknown)
+        numbers = {f"loss/{name}": value for name, value in losses.items()} | more
+        numbers |= self._pace(step, requests, candidates) | {"data/unknown_ids": float(unknown)}
         self.numbers(step, numbers)
-        done = (step - self.first_step) / max(self.total_steps - self.first_step, 1)
-        left = (time.perf_counter() - self.started) * (1 / done - 1)
-        self.say(
-            f"step {step:>6}/{self.total_steps}  "
-            + "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
-            + f"  | {requests / elapsed:,.0f} requests/s, {candidates / elapsed:,.0f} candidates/s, "
-            f"waiting {self._waited / elapsed:.0%}, {peak_gib():.1f} GiB, {timedelta(seconds=round(left))} left"
-            + (f"  | {unknown:,} ids outside their table" if unknown else "")
-        )
+        outside = f", {unknown:,} ids outside their table" if unknown else ""
+        self.say(f"step {step:>6}/{self.total_steps}  {_pace_text(numbers)}{outside}")
+        self.say(wrapped([f"{name} {value:.4f}" for name, value in losses.items()], first="  ", between="  "))
         self._start_interval()
+
+    def _pace(self, step: int, requests: int, candidates: int) -> dict[str, float]:
+        done = (step - self.first_step) / (self.total_steps - self.first_step)
+        return {
+            "speed/seconds_left": (time.perf_counter() - self.started) * (1 / done - 1),
+            "speed/requests_per_second": requests / self._seconds,
+            "speed/candidates_per_second": candidates / self._seconds,
+            "speed/data_wait_fraction": self._waited / self._seconds,
+            "memory/peak_gib": peak_memory() / 2**30,
+        }
 
     def numbers(self, step: int, numbers: Mapping[str, float]) -> None:
         """Write numbers to metrics.jsonl and TensorBoard; one without a unit (nan, which JSON lacks) is left out."""
@@ -122,6 +122,17 @@ class Reporter:
         self._seconds = self._waited = 0.0
 
 
+def _pace_text(numbers: Mapping[str, float]) -> str:
+    words = [
+        f"{timedelta(seconds=round(numbers['speed/seconds_left']))} left",
+        f"{numbers['speed/requests_per_second']:,.0f} requests/s",
+        f"{numbers['speed/candidates_per_second']:,.0f} candidates/s",
+        f"waiting {numbers['speed/data_wait_fraction']:.0%}",
+        size_text(numbers["memory/peak_gib"] * 2**30),
+    ]
+    return ", ".join(words)
+
+
 def _rewind(metrics: Path, step: int) -> None:
     """Drop the lines after a step (0: all), those of the test part (every end writes them) and a torn one."""
     if metrics.is_file():
@@ -131,8 +142,8 @@ def _rewind(metrics: Path, step: int) -> None:
         write_whole(metrics, "".join(compress(lines, kept)))
 
 
-def peak_gib() -> float:
-    """Peak memory: of the GPU where there is one, else of this process."""
+def peak_memory() -> int:
+    """Peak memory in bytes: of the GPU where there is one, else of this process."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 
 from torchrec.distributed import DistributedModelParallel
 
@@ -16,8 +17,10 @@ from joint.data.planted.truth import LIST
 from joint.distributed import world_size
 from joint.experiment import Config, heads_of
 from joint.features import Plan
+from joint.plan import size_text
 
 WIDTH = 120  # columns of a terminal
+NO_BREAK = "\u00a0"
 
 
 def opening(
@@ -42,7 +45,7 @@ def opening(
             f"{config.run.name}: {dataset.directory}, {schema.items:,} items; {requests:,} requests x "
             f"{config.data.epochs} epochs, {total} steps of {config.data.requests_per_batch} on {world_size()} rank(s)",
             f"heads {', '.join(heads_of(config))}; {len(plan.tables)} tables of {rows:,} rows "
-            f"({table_bytes / 2**20:.1f} MiB), {dense:,} dense parameters; {begin}",
+            f"({size_text(table_bytes)}), {dense:,} dense parameters; {begin}",
             *collision_lines(plan),
             *aligned(cost_cells(costs)),
             *(f"no objective trains the {head} head" for head in heads_of(config) if head not in trained),
@@ -68,14 +71,14 @@ def cost_cells(costs: Mapping[str, Cost]) -> list[list[str]]:
     ]
 
 
-def highlights(config: Config, found: Mapping[str, float]) -> str:
-    """One line on a model: recall of each head, AUC of the teacher, what the funnel lets through."""
+def highlights(config: Config, found: Mapping[str, float]) -> list[str]:
+    """A few figures of a model: recall of each head, AUC of the teacher, what the funnel lets through."""
     task = config.evaluation.task
     first = min(config.evaluation.k)
     names = [f"{head}/recall@{first}" for head in heads_of(config)]
     names += [f"{head}/auc/{task}" for head in heads_of(config)]
     names += ["alignment/reverse_rate/fused", *(name for name in found if re.match("funnel/(?!lost/)", name))]
-    return "  ".join(f"{name} {found[name]:.4f}" for name in names if name in found)
+    return [f"{name} {found[name]:.4f}" for name in names if name in found]
 
 
 def tables(config: Config, found: Mapping[str, float]) -> str:
@@ -167,6 +170,13 @@ def _funnel_lines(config: Config, found: Mapping[str, float]) -> list[str]:
 
 def _cell(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.4f}"
+
+
+def wrapped(words: Sequence[str], *, first: str, between: str) -> str:
+    """Words behind `first`, in lines of at most WIDTH, broken between words alone; further lines are below the words."""
+    text, below = between.join(word.replace(" ", NO_BREAK) for word in words), " " * len(first)
+    lines = textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=below, break_on_hyphens=False)
+    return "\n".join(lines).replace(NO_BREAK, " ")
 
 
 def folded(rows: list[list[str]]) -> list[str]:

@@ -32,7 +32,7 @@ from joint.pipeline import build_pipeline
 from joint.reporting import Reporter
 from joint.run import RunDirectory, make_run, open_run, write_metrics
 from joint.stopping import Together, stop_signal
-from joint.summary import highlights, opening, tables
+from joint.summary import highlights, opening, tables, wrapped
 from joint.task import build_task
 from towers.mixtures import routing, set_step
 
@@ -96,7 +96,8 @@ def train(config: Config, dataset: Dataset, *, continues: Path | None = None) ->
                     pipeline.attach()
                     model.train()
                     reporter.numbers(progress.step, found)
-                    reporter.say(f"epoch {progress.position.epoch} on {valid}: {highlights(config, found)}")
+                    said = f"epoch {progress.position.epoch} on {valid}  "
+                    reporter.say(wrapped(highlights(config, found), first=said, between="  "))
                 if batches.stopping or progress.step % config.train.checkpoint_every == 0 or progress.step == total:
                     saver.save(progress)
         if progress.step < total:

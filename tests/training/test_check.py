@@ -43,7 +43,7 @@ def test_a_page_says_what_the_run_would_be_and_nothing_is_written(check, tmp_pat
     assert re.search(r"^not read +age, .*year", out, re.M)
     assert re.search(r"^labels +like is rating from 4 on, fine is rating from 3 on$", out, re.M)
     # 63 rows of 8 floats and one of Adagrad each
-    assert re.search(r"^item_id +63 +8 +2\.3 kB +rank 0$", out, re.M)
+    assert re.search(r"^item_id +63 +8 +2\.27 kB +rank 0$", out, re.M)
     assert re.search(
         r"^one real batch, forward and backward: 16 requests, [\d,]+ candidates, 61 items of the pool$", out, re.M
     )
@@ -143,7 +143,7 @@ def test_a_loss_that_blows_up_in_the_first_steps_is_one_line_below_the_page(chec
 def test_tables_on_other_numbers_of_ranks(check):
     code, out, _ = check("--world-size", "2")
     assert code == 0
-    assert re.search(r"^item_id +63 +8 +2\.3 kB +32 rows each$", out, re.M)
+    assert re.search(r"^item_id +63 +8 +2\.27 kB +32 rows each$", out, re.M)
     held = re.search(r"^rank 0 holds ([\d.]+) kB; rank 1 holds ([\d.]+) kB$", out, re.M)
     assert held
     code, _, err = check("--world-size", "3")

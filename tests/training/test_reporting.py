@@ -58,9 +58,38 @@ def test_an_interval_is_the_mean_of_its_steps_and_counts_only_their_time(directo
     assert second["speed/data_wait_fraction"] == 0.25
     out = capsys.readouterr().out
     assert out == directory.log.read_text()
-    shown = r"step +2/10  student 1\.5000  total 3\.0000  \| 4 requests/s, 20 candidates/s, waiting 50%, .* left"
-    assert re.fullmatch(shown, out.splitlines()[0])
-    assert out.splitlines()[1].endswith("left  | 3 ids outside their table")
+    pace, losses, later, _ = out.splitlines()
+    assert re.fullmatch(r"step      2/10  0:00:\d\d left, 4 requests/s, 20 candidates/s, waiting 50%, [\d.]+ [MG]B", pace)
+    assert losses == "  student 1.5000  total 3.0000"
+    assert later.endswith("B, 3 ids outside their table")
+
+
+def test_the_time_left_goes_on_at_the_pace_since_the_start_of_this_process(directory, monkeypatch, capsys):
+    now = iter([100.0, 160.0, 190.0])  # started, after four steps, after six
+    monkeypatch.setattr("joint.reporting.time.perf_counter", lambda: next(now))
+    reporter = Reporter(directory, total_steps=18, resumed_from=12)
+    for at in (16, 18):
+        step(reporter, 1.0)
+        reporter.interval(at, (4, 20, 0), {})
+    reporter.close()
+    assert [line["speed/seconds_left"] for line in lines_of(directory)] == [pytest.approx(30), 0]
+    assert board_of(directory, "speed/seconds_left") == [(16, 30.0), (18, 0.0)]
+    assert [line[:27] for line in capsys.readouterr().out.splitlines()[::2]] == [
+        "step     16/18  0:00:30 lef",
+        "step     18/18  0:00:00 lef",
+    ]
+
+
+def test_lines_fit_a_terminal_however_many_objectives_there_are(directory, capsys):
+    reporter = Reporter(directory, total_steps=10**6, resumed_from=0)
+    losses = {f"an_objective_{n}": torch.tensor(float(n)) for n in range(20)}
+    reporter.step(losses, requests=10**6, candidates=10**8, unknown=0, seconds=0.1, waited=0.05)
+    reporter.interval(10, (10**6, 10**8, 0), {})
+    reporter.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert all(line.startswith("  an_objective_") for line in lines[1:])
+    assert " ".join(lines[1:]).split() == [word for n in range(20) for word in (f"an_objective_{n}", f"{n}.0000")]
 
 
 def test_every_chart_shows_something_and_the_board_has_all_numbers(tiny_file, tmp_path):

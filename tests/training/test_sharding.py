@@ -15,7 +15,7 @@ from joint.errors import ConfigError
 from joint.experiment import Table
 from joint.ids import hashed_rows
 from joint.optimizers import optimize_tables_in_backward
-from joint.plan import size
+from joint.plan import size, size_text
 from joint.sharding import _plan_by_rule, ids_per_request, sharding_of
 from joint.task import JointTask
 
@@ -76,10 +76,10 @@ def test_a_plan_for_tables_that_no_machine_holds(tiny_file, capsys):
     overrides = [*big, "encoders.rated_sequence.events=[]", "data.shards=128"]
     assert joint.plan.main([str(tiny_file), *overrides, "--world-size", "128", "--hbm", "80GB"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "128 ranks on cuda, 80.00 GB each; 512 requests a rank and step"
+    assert lines[0] == "128 ranks on cuda, 80.0 GB each; 512 requests a rank and step"
     table = next(line for line in lines if line.startswith("item_id")).split()
     assert table[1:6] == ["1,000,000,000", "64", "row_wise", "fused", "128"]
-    assert 260 < float(table[6]) < 270
+    assert 260 <= float(table[6]) < 270
     held = [re.fullmatch(r"ranks? (\d+)(?:-(\d+))? +([\d.]+) (GB|MB) each, \d+% of its memory", line) for line in lines]
     ranks = [(int(m[1]), int(m[2] or m[1]), float(m[3])) for m in held if m]
     assert ranks[0][0] == 0
@@ -94,7 +94,7 @@ def test_a_plan_that_cannot_be_is_one_line(tiny_file, capsys):
     overrides = ["tables.item_id={dim: 8, rows: 1000000000}", "--world-size", "2", "--hbm", "10GB"]
     assert run_command(lambda: joint.plan.main([str(tiny_file), *overrides])) == 2
     err = capsys.readouterr().err
-    assert err.startswith("no plan fits: rows and rowwise_adagrad take 36.00 GB, and 2 ranks of 10.00 GB have 17.00 GB")
+    assert err.startswith("no plan fits: rows and rowwise_adagrad take 36.0 GB, and 2 ranks of 10.0 GB have 17.0 GB")
     assert err.count("\n") == 1
 
 
@@ -103,6 +103,16 @@ def test_sizes_are_read_in_decimal_units():
     for text in ("80", "GB", "-1GB", "80GiB"):
         with pytest.raises(Exception, match="is not a size; expected one like 80GB"):
             size(text)
+
+
+def test_bytes_are_said_in_the_largest_unit_that_leaves_a_digit_before_the_point():
+    said = {0: "0 B", 999: "999 B", 1000: "1.00 kB", 2_268: "2.27 kB", 36e9: "36.0 GB", 999e9: "999 GB", 1.5e12: "1.50 TB"}
+    assert {count: size_text(count) for count in said} == said
+
+
+@pytest.mark.parametrize("count", [1_500, 80 * 10**9, 1_500 * 10**9])
+def test_what_is_said_is_read_again(count):
+    assert size(size_text(count)) == count
 
 
 def test_hashed_tables_train_and_say_what_they_share(tiny_file, capsys):
