@@ -1,4 +1,4 @@
-"""`joint COMMAND …`, or `python -m joint COMMAND …`: what `python -m joint.COMMAND …` does."""
+"""`joint COMMAND …`, or `python -m joint COMMAND …`: what `python -m joint.COMMAND …` does; `joint --version`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from importlib import import_module
 
 from joint.commands import run_command
 from joint.sources import near_miss
+from joint.versions import versions_text
 
 COMMANDS = {
     "prepare": "logs in, a dataset out",
@@ -27,11 +28,17 @@ COMMANDS = {
 def main() -> int:
     """Run the command that is named first; returns the exit code."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name == "--version":
+        print(versions_text())
+        return 0
     if name not in COMMANDS:
         asked = name in ("-h", "--help")
         unknown = [] if asked or not name else [f"joint: no command {name!r}{near_miss(name, list(COMMANDS))}"]
         lines = [f"  {command:<10}{about}" for command, about in COMMANDS.items()]
-        print("\n".join([*unknown, "joint COMMAND …", *lines]), file=sys.stdout if asked else sys.stderr)
+        print(
+            "\n".join([*unknown, "joint COMMAND …, or joint --version", *lines]),
+            file=sys.stdout if asked else sys.stderr,
+        )
         return 0 if asked else 2
     sys.argv = [f"joint {name}", *sys.argv[2:]]
     return run_command(import_module(f"joint.{name}").main)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from joint.alignment import STUDENTS
 from joint.data.planted.truth import LIST
@@ -12,6 +12,7 @@ from joint.objectives import AdaptiveContrastive
 from joint.schema import GROUPS, STAGES
 
 Charts = dict[str, list[str]]  # title -> expressions for the names of its lines
+Layout = dict[str, dict[str, list[object]]]  # category -> title -> what `SummaryWriter.add_custom_scalars` takes
 OF_TRAINING: Charts = {"by objective": ["loss/(?!total$)"], "all objectives, weighted": ["loss/total$"]}
 OF_SPEED: Charts = {
     "requests a second": ["speed/requests_per_second$"],
@@ -22,11 +23,8 @@ OF_SPEED: Charts = {
 }
 
 
-def charts(config: Config, *, planted: bool) -> dict[str, dict[str, list[object]]]:
-    """Category -> title -> chart, as `SummaryWriter.add_custom_scalars` takes them.
-
-    `planted`: the truth of the dataset is known.
-    """
+def charts(config: Config, *, planted: bool) -> Layout:
+    """The charts of a run. `planted`: the truth of the dataset is known."""
     found = {"loss": OF_TRAINING}
     if config.train.evaluate_every_epochs:
         found[f"by epoch, on {config.evaluation.valid}"] = _measured(config, "", planted)
@@ -35,6 +33,12 @@ def charts(config: Config, *, planted: bool) -> dict[str, dict[str, list[object]
         found["weights of negatives, by user group"] = weights
     found["speed"] = OF_SPEED
     return {category: {title: ["Multiline", names] for title, names in own.items()} for category, own in found.items()}
+
+
+def drawn(layout: Layout, names: Iterable[str]) -> set[str]:
+    """Those of some names that a chart has a line of."""
+    expressions = [name for own in layout.values() for _, lines in own.values() for name in lines]
+    return {name for name in names if any(re.match(expression, name) for expression in expressions)}
 
 
 def _measured(config: Config, prefix: str, planted: bool) -> Charts:

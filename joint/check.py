@@ -27,7 +27,7 @@ from joint.plan import rows_by_rank, size_text
 from joint.reporting import peak_memory
 from joint.run import open_run
 from joint.schema import SPLITS
-from joint.summary import aligned, collision_lines, cost_cells, wrapped
+from joint.summary import aligned, collision_lines, cost_cells, thin_batches, wrapped
 from joint.task import build_task
 
 MOST_RANKS = 8  # that are listed one by one
@@ -52,17 +52,17 @@ def check(config: Config, dataset: Dataset, *, ranks: int | None = None, continu
         if config.data.shards % ranks:
             raise ConfigError(f"data.shards: {config.data.shards} is not a multiple of the number of ranks, {ranks}")
         held = rows_by_rank(plan, device=device.type, ranks=ranks)
-        _say(f"{config.run.name}: the config is sound and fits {dataset.directory}", *_data_lines(plan))
+        loader = Loader(Assembler(plan, dataset), rank=rank(), world_size=world_size())
+        _say(f"{config.run.name}: the config is sound and fits {dataset.directory}", *_data_lines(plan, loader))
         _say("", *_table_lines(plan, held), *collision_lines(plan))
         model = build_task(plan, device)
         optimizer = build_optimizer(model, config.optimizer)
         trouble = use_fast_lookup(model) if config.train.fast_lookup else ""
         _say("", *aligned(cost_cells(head_costs(model.module.dense.model))), *([trouble] if trouble else []))
-        loader = Loader(Assembler(plan, dataset), rank=rank(), world_size=world_size())
         tried = try_steps(model, optimizer, plan, loader, device)
         _say("", *_loss_lines(config, tried))
         _say("", *_price_lines(plan, loader, tried, size_of(model, optimizer)))
-        warnings = [f"warning: {line}" for line in _warnings(config, tried)]
+        warnings = [f"warning: {line}" for line in (*thin_batches(loader), *_warnings(config, tried))]
         _say("", *warnings, _standing(config, dataset, continues))
 
 
@@ -71,7 +71,7 @@ def _say(*lines: str) -> None:
         print("\n".join(lines), flush=True)
 
 
-def _data_lines(plan: Plan) -> Iterator[str]:
+def _data_lines(plan: Plan, loader: Loader) -> Iterator[str]:
     """What is read of the dataset, and what is not."""
     config, schema = plan.config, plan.schema
     read = {key.feature.name for key in plan.keys} | {cross.feature for cross in plan.crosses.values()}
@@ -86,7 +86,9 @@ def _data_lines(plan: Plan) -> Iterator[str]:
     yield _line("histories", [f"{name} (newest {length})" for name, length in plan.history_lengths.items()])
     yield _line("labels", [_label(name, task) for name, task in config.tasks.items()])
     quotas = [f"{stage} {quota}" for stage, quota in config.data.candidates.items()]
-    yield _line("batch", [f"{config.data.requests_per_batch} requests", *quotas])
+    yield _line(
+        "batch", [f"{config.data.requests_per_batch} requests ({loader.mean_requests():.1f} on average)", *quotas]
+    )
 
 
 def _line(name: str, words: Sequence[str]) -> str:
@@ -143,15 +145,14 @@ def _price_lines(plan: Plan, loader: Loader, tried: Tried, checkpoint: int) -> I
     """What a run takes, as far as the tried steps tell."""
     data, train = plan.config.data, plan.config.train
     a_second = tried.requests / tried.seconds
-    requests = sum(part.rows for parts in loader.days.values() for part in parts)
-    each, total = (timedelta(seconds=round(n * requests / a_second)) for n in (1, data.epochs))
+    each, total = (timedelta(seconds=round(n * loader.requests / a_second)) for n in (1, data.epochs))
     steps = loader.batches_left(Position())
     yield _line(
         "time",
         [
             f"{a_second:,.0f} requests/s on {world_size()} rank(s)",
             f"waiting for data {tried.waited / tried.seconds:.0%}",
-            f"{each} an epoch of {requests:,} requests",
+            f"{each} an epoch of {loader.requests:,} requests",
             f"{total} for all {steps:,} steps, without evaluation",
         ],
     )

@@ -6,7 +6,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from datetime import timedelta
 from itertools import compress
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from joint.charts import Layout, drawn
 from joint.distributed import rank
 from joint.files import write_whole
 from joint.plan import size_text
@@ -27,6 +28,7 @@ class Reporter:
 
     def __init__(self, run: RunDirectory, *, total_steps: int, resumed_from: int) -> None:
         self.speaks = rank() == 0
+        self.layout: Layout = {}
         self.total_steps = total_steps
         self.started, self.first_step = time.perf_counter(), resumed_from
         if self.speaks:
@@ -44,8 +46,9 @@ class Reporter:
             self.log.write(text + "\n")
             self.log.flush()
 
-    def charts(self, layout: Mapping[str, Mapping[str, list[object]]]) -> None:
+    def charts(self, layout: Layout) -> None:
         """Lay out TensorBoard's tab Custom Scalars (`joint.charts`)."""
+        self.layout = layout
         if self.speaks:
             self.board.add_custom_scalars(layout)
 
@@ -92,8 +95,11 @@ class Reporter:
             "memory/peak_gib": peak_memory() / 2**30,
         }
 
-    def numbers(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Write numbers to metrics.jsonl and TensorBoard; one without a unit (nan, which JSON lacks) is left out."""
+    def numbers(self, step: int, numbers: Mapping[str, float], *, only: Container[str] | None = None) -> None:
+        """Write numbers to metrics.jsonl and TensorBoard; one without a unit (nan, which JSON lacks) is left out.
+
+        `only`: the names that TensorBoard is to have; None: all.
+        """
         if not self.speaks:
             return
         known = {name: value for name, value in numbers.items() if not math.isnan(value)}
@@ -102,8 +108,19 @@ class Reporter:
         self.metrics.write(json.dumps({"step": step} | known) + "\n")
         self.metrics.flush()
         for name, value in known.items():
-            self.board.add_scalar(name, value, step)
+            if only is None or name in only:
+                self.board.add_scalar(name, value, step)
         self.board.flush()
+
+    def measured(self, step: int, numbers: Mapping[str, float], table: str) -> None:
+        """Say what a finished run measures: hundreds of points, of which TensorBoard has those of its charts.
+
+        The table is in its tab Text, under `test`.
+        """
+        self.numbers(step, numbers, only=drawn(self.layout, numbers))
+        self.say(table)
+        if self.speaks:
+            self.board.add_text("test", f"```\n{table}\n```", step)
 
     def counts(self) -> tuple[int, int, int]:
         """Requests, candidates and unknown ids of this rank since the last interval."""

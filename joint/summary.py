@@ -13,6 +13,7 @@ from joint.alignment import STUDENTS
 from joint.checkpoint import Progress
 from joint.cost import Cost, funnel_costs
 from joint.data.dataset import Dataset
+from joint.data.loader import Loader
 from joint.data.planted.truth import LIST
 from joint.distributed import world_size
 from joint.experiment import Config, heads_of
@@ -20,37 +21,53 @@ from joint.features import Plan
 from joint.plan import size_text
 
 WIDTH = 120  # columns of a terminal
+THIN = 0.75  # of the requests asked for: batches that hold fewer are worth a warning
 NO_BREAK = "\u00a0"
 
 
 def opening(
     plan: Plan,
     dataset: Dataset,
+    loader: Loader,
     model: DistributedModelParallel,
     costs: Mapping[str, Cost],
     progress: Progress,
     total: int,
 ) -> str:
     """What is about to be trained, on what, from where, and what each head costs."""
-    config, schema = plan.config, dataset.schema
-    days = schema.days(config.data.train, config.data.days)
-    requests = sum(part.rows for part in schema.parts if part.split in config.data.train and part.day in days)
+    config = plan.config
     rows = sum(table.rows for table in plan.tables)
     table_bytes = sum(table.rows * table.dim * 4 for table in plan.tables)
     trained = {objective.head for objective in config.objectives.values()}
     dense = sum(p.numel() for name, p in model.named_parameters() if "embeddings." not in name)
     begin = f"resuming after step {progress.step}" if progress.step else "starting"
+    batches = f"{config.data.requests_per_batch} ({loader.mean_requests():.1f} on average)"
     return "\n".join(
         [
-            f"{config.run.name}: {dataset.directory}, {schema.items:,} items; {requests:,} requests x "
-            f"{config.data.epochs} epochs, {total} steps of {config.data.requests_per_batch} on {world_size()} rank(s)",
+            f"{config.run.name}: {dataset.directory}, {dataset.schema.items:,} items; {loader.requests:,} requests x "
+            f"{config.data.epochs} epochs, {total} steps of {batches} on {world_size()} rank(s)",
             f"heads {', '.join(heads_of(config))}; {len(plan.tables)} tables of {rows:,} rows "
             f"({size_text(table_bytes)}), {dense:,} dense parameters; {begin}",
             *collision_lines(plan),
             *aligned(cost_cells(costs)),
+            *(f"warning: {line}" for line in thin_batches(loader)),
             *(f"no objective trains the {head} head" for head in heads_of(config) if head not in trained),
         ]
     )
+
+
+def thin_batches(loader: Loader) -> list[str]:
+    """A line where batches hold far fewer requests than asked for: the reason that costs most, and what to do."""
+    asked, real = loader.data.requests_per_batch, loader.mean_requests()
+    if real >= THIN * asked:
+        return []
+    days = [sum(part.rows for part in parts) for parts in loader.days.values()]
+    even = sum(days) / sum(math.ceil(rows / asked) for rows in days)  # were all shards of a day equally long
+    if even / asked < real / even:
+        why = f"a day has {sum(days) / len(days):,.0f}, and its last batch what is left; lower data.requests_per_batch"
+    else:
+        why = f"a day's row groups are dealt to {loader.data.shards} shards, and some run out early; lower data.shards"
+    return [f"a batch holds {real:.1f} requests on average, not {asked}: {why}"]
 
 
 def collision_lines(plan: Plan) -> list[str]:
@@ -173,7 +190,7 @@ def _cell(value: float) -> str:
 
 
 def wrapped(words: Sequence[str], *, first: str, between: str) -> str:
-    """Words behind `first`, in lines of at most WIDTH, broken between words alone; further lines are below the words."""
+    """Words behind `first`, in lines of at most WIDTH, broken between words alone; further lines begin below them."""
     text, below = between.join(word.replace(" ", NO_BREAK) for word in words), " " * len(first)
     lines = textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=below, break_on_hyphens=False)
     return "\n".join(lines).replace(NO_BREAK, " ")

@@ -63,7 +63,7 @@ def train(config: Config, dataset: Dataset, *, continues: Path | None = None) ->
         costs = head_costs(model.module.dense.model)
         if config.train.fast_lookup and (trouble := use_fast_lookup(model)):
             reporter.say(trouble)
-        reporter.say(opening(plan, dataset, model, costs, progress, total))
+        reporter.say(opening(plan, dataset, loader, model, costs, progress, total))
         if not progress.step:
             reporter.numbers(0, cost_numbers(costs))
         pipeline = build_pipeline(model, optimizer, device)
@@ -126,8 +126,8 @@ def report(run: RunDirectory, config: Config, measured: Measured, reporter: Repo
     """Write what the finished run measures on the test part, and show it."""
     if rank() == 0:
         write_metrics(run, measured.numbers, measured.requests)
-    reporter.numbers(step, {f"test/{name}": value for name, value in measured.numbers.items()})
-    reporter.say(tables(config, measured.numbers))
+    numbers = {f"test/{name}": value for name, value in measured.numbers.items()}
+    reporter.measured(step, numbers, tables(config, measured.numbers))
 
 
 def routing_numbers(model: nn.Module) -> dict[str, float]:

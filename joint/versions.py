@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
+from joint import __version__
 from joint.errors import UserError
 
 PACKAGES = ("torch", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchrec")
@@ -20,6 +21,13 @@ def installed_versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
+
+
+def versions_text() -> str:
+    """What a report of a fault should begin with: the version of this trainer and of what it stands on."""
+    found = installed_versions()
+    named = [name for name in PACKAGES if name in found or "fbgemm" not in name]
+    return ", ".join([f"joint {__version__}", *(f"{name} {found.get(name, 'not installed')}" for name in named)])
 
 
 def check_versions(found: Mapping[str, str] | None = None) -> None:

@@ -41,6 +41,7 @@ class Loader:
         self.dataset = narrowed(assembler.dataset, assembler.plan)
         wanted = self.dataset.schema.days(data.train, data.days)
         self.days = {day: parts for day, parts in self.dataset.parts(data.train).items() if day in wanted}
+        self.requests = sum(part.rows for parts in self.days.values() for part in parts)  # of an epoch, of all ranks
         self.data = data
         self.seed = assembler.plan.config.run.seed
         self.shards = range(rank, data.shards, world_size)
@@ -55,6 +56,10 @@ class Loader:
         days = [(epoch, place) for epoch in range(self.data.epochs) for place in range(len(self.days))]
         left = [(epoch, place) for epoch, place in days if (epoch, place) >= (start.epoch, start.day)]
         return sum(self._order(epoch, [*self.days][place]).batches for epoch, place in left) - start.batch
+
+    def mean_requests(self) -> float:
+        """Requests that a batch of all ranks holds on average: fewer than asked for, since no batch is of two days."""
+        return self.requests * self.data.epochs / self.batches_left(Position())
 
     def check_seen(self, seen: Mapping[tuple[int, int], int]) -> None:
         """Whether a run, by its (epoch, day number) -> requests trained on, saw every request of every epoch once.

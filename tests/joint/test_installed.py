@@ -7,12 +7,15 @@ import subprocess
 import sys
 import zipfile
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from joint import __main__ as console
+from joint import __version__
 from joint.config import load_config
+from joint.versions import installed_versions
 
 HOUSE = Path(__file__).parents[2]
 
@@ -33,6 +36,23 @@ def test_the_console_runs_a_command_and_ends_as_it_does() -> None:
     done = subprocess.run(command, cwd=HOUSE, capture_output=True, text=True)
     assert done.returncode == 2
     assert "did you mean view?" in done.stderr
+
+
+def test_the_versions_are_those_of_the_packages(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["joint", "--version"])
+    assert console.main() == 0
+    said = capsys.readouterr().out
+    assert said.endswith("\n")
+    found = dict(part.split(" ") for part in said.strip().split(", "))
+    assert (found.pop("joint"), found["torch"]) == (__version__, version("torch"))
+    assert found == installed_versions()
+
+
+def test_what_is_not_installed_is_said_so(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr("joint.versions.installed_versions", lambda: {"torch": "2.13.0"})
+    monkeypatch.setattr(sys, "argv", ["joint", "--version"])
+    assert console.main() == 0
+    assert capsys.readouterr().out == f"joint {__version__}, torch 2.13.0, torchrec not installed\n"
 
 
 def test_a_wrong_command_is_named_with_the_nearest() -> None:

@@ -54,6 +54,7 @@ def test_one_process_needs_no_torchrun_and_evaluate_repeats_its_table(tiny_file,
     code, out, err = finish(start("-m", "joint.train", str(tiny_file), "data.epochs=1"))
     assert code == 0, err
     assert "Warning" not in err
+    assert "warning" not in out
     tables = out[out.index("             recall@3") :]
     assert "share of the like positives left: retrieval keeps 20" in tables
     run = tmp_path / "runs" / "tiny"
@@ -131,7 +132,7 @@ def test_weights_are_chosen_on_the_validation_part_and_measured_as_given(tiny_fi
 def test_torchrun_trains_on_two_ranks_and_one_of_them_speaks(tiny_file, tmp_path):
     code, out, err = finish(start(*TORCHRUN, "-m", "joint.train", str(tiny_file), "data.epochs=1"))
     assert code == 0, err
-    assert out.count("8 steps of 16 on 2 rank(s)") == 1
+    assert out.count("8 steps of 16 (15.8 on average) on 2 rank(s)") == 1
     assert out.count("step      8/8") == 1
     run = tmp_path / "runs" / "tiny"
     assert json.loads((run / "environment.json").read_text())["ranks"] == 2

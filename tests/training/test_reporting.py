@@ -59,7 +59,9 @@ def test_an_interval_is_the_mean_of_its_steps_and_counts_only_their_time(directo
     out = capsys.readouterr().out
     assert out == directory.log.read_text()
     pace, losses, later, _ = out.splitlines()
-    assert re.fullmatch(r"step      2/10  0:00:\d\d left, 4 requests/s, 20 candidates/s, waiting 50%, [\d.]+ [MG]B", pace)
+    assert re.fullmatch(
+        r"step      2/10  0:00:\d\d left, 4 requests/s, 20 candidates/s, waiting 50%, [\d.]+ [MG]B", pace
+    )
     assert losses == "  student 1.5000  total 3.0000"
     assert later.endswith("B, 3 ids outside their table")
 
@@ -92,7 +94,7 @@ def test_lines_fit_a_terminal_however_many_objectives_there_are(directory, capsy
     assert " ".join(lines[1:]).split() == [word for n in range(20) for word in (f"an_objective_{n}", f"{n}.0000")]
 
 
-def test_every_chart_shows_something_and_the_board_has_all_numbers(tiny_file, tmp_path):
+def test_every_chart_shows_something_and_the_board_has_what_someone_looks_at(tiny_file, tmp_path):
     """With learned weights of negatives, validation after an epoch, and the test part."""
     weights = "objectives.negatives.space=[random]"
     assert main([str(tiny_file), weights, "data.epochs=1"]) == 0
@@ -122,7 +124,16 @@ def test_every_chart_shows_something_and_the_board_has_all_numbers(tiny_file, tm
         re.search(r"/like/\d+$", name) for name in lines["weights of negatives, by user group: like, matching_ns"]
     )
     written = {(name, e["step"]) for e in lines_of(run) for name in e if name != "step"}
-    assert written == {(name, event.step) for name in names for event in events.Scalars(name)}
+    drawn = {(name, event.step) for name in names for event in events.Scalars(name)}
+    assert {pair for pair in written if not pair[0].startswith("test/")} <= drawn <= written
+    # Of what is measured once, at the end, only what has a place in a chart; all of it is in the table and eval.json.
+    of_the_end = {name for name in names if name.startswith("test/")}
+    assert of_the_end == set().union(*lines.values()) & of_the_end
+    assert len(of_the_end) < 20 < len(json.loads((run.path / "eval.json").read_text()))
+    (table,) = events.Tensors("test/text_summary")
+    (text,) = table.tensor_proto.string_val
+    assert text.decode().removeprefix("```\n").removesuffix("\n```") in run.log.read_text()
+    assert b"retrieval" in text
 
 
 def test_a_resumed_run_reports_nothing_twice(directory):

@@ -106,7 +106,15 @@ def test_sizes_are_read_in_decimal_units():
 
 
 def test_bytes_are_said_in_the_largest_unit_that_leaves_a_digit_before_the_point():
-    said = {0: "0 B", 999: "999 B", 1000: "1.00 kB", 2_268: "2.27 kB", 36e9: "36.0 GB", 999e9: "999 GB", 1.5e12: "1.50 TB"}
+    said = {
+        0: "0 B",
+        999: "999 B",
+        1000: "1.00 kB",
+        2_268: "2.27 kB",
+        36e9: "36.0 GB",
+        999e9: "999 GB",
+        1.5e12: "1.50 TB",
+    }
     assert {count: size_text(count) for count in said} == said
 
 
