@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from joint.alignment import STUDENTS
 from joint.data.planted.truth import LIST
@@ -12,7 +13,7 @@ from joint.objectives import AdaptiveContrastive
 from joint.schema import GROUPS, STAGES
 
 Charts = dict[str, list[str]]  # title -> expressions for the names of its lines
-Layout = dict[str, dict[str, list[object]]]  # category -> title -> what `SummaryWriter.add_custom_scalars` takes
+Layout = dict[str, dict[str, list[Any]]]  # category -> title -> what `SummaryWriter.add_custom_scalars` takes
 OF_TRAINING: Charts = {"by objective": ["loss/(?!total$)"], "all objectives, weighted": ["loss/total$"]}
 OF_SPEED: Charts = {
     "requests a second": ["speed/requests_per_second$"],

@@ -77,8 +77,9 @@ class Reporter:
         """
         requests, candidates, unknown = counts
         losses = {n: float(torch.stack([entry[n] for entry in self._losses]).mean()) for n in self._losses[0]}
-        numbers = {f"loss/{name}": value for name, value in losses.items()} | more
-        numbers |= self._pace(step, requests, candidates) | {"data/unknown_ids": float(unknown)}
+        numbers = {f"loss/{name}": value for name, value in losses.items()} | {"data/unknown_ids": float(unknown)}
+        numbers |= more
+        numbers |= self._pace(step, requests, candidates)
         self.numbers(step, numbers)
         outside = f", {unknown:,} ids outside their table" if unknown else ""
         self.say(f"step {step:>6}/{self.total_steps}  {_pace_text(numbers)}{outside}")

@@ -2,14 +2,16 @@
 
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
 
 from joint.data.dataset import Dataset
 from joint.data.planted.simulate import parameters_of, simulate
-from joint.data.planted.truth import clustered, describe_parameters, exact, open_truth, top
+from joint.data.planted.truth import Parameters, clustered, exact, open_truth, top
 from joint.data.ragged import Ragged, offsets_of
 from joint.data.requests import Requests
 from joint.errors import DataError
@@ -233,6 +235,6 @@ def test_top_breaks_ties_by_place():
 
 def test_every_parameter_is_documented():
     page = (Path(__file__).parents[2] / "docs/simulate.md").read_text().splitlines()
-    described = describe_parameters()
-    rows = [f"| `{name}` | {default} | {text} |" for name, (default, text) in described.items()]
-    assert [line for line in page if line.startswith("| `") and line.split("`")[1] in described] == rows
+    hints = get_type_hints(Parameters, include_extras=True)
+    rows = [f"| `{item.name}` | {item.default} | {hints[item.name].__metadata__[0]} |" for item in fields(Parameters)]
+    assert [line for line in page if line.startswith("| `") and line.split("`")[1] in hints] == rows

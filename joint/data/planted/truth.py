@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, NamedTuple, get_type_hints
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
@@ -105,12 +105,6 @@ class Parameters:
     def later_items(self) -> int:
         """Items that come out during the log."""
         return int(self.items * self.new_items)
-
-
-def describe_parameters() -> dict[str, tuple[object, str]]:
-    """Name -> (default, what it is) of every parameter, in order."""
-    hints = get_type_hints(Parameters, include_extras=True)
-    return {item.name: (item.default, hints[item.name].__metadata__[0]) for item in dataclasses.fields(Parameters)}
 
 
 SHARES = ("own_taste", "own_style", "new_items", "systematic", "shared_error")
