@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from torch import nn
 
 from joint import settings
 from joint.commands import run_command
-from joint.experiment import HEADS, Config, heads_of
+from joint.experiment import ALSO_CALLED, HEADS, Config, heads_of
 from joint.objectives import (
     AdaptiveContrastive,
+    Binary,
     Distillation,
     ExpectedL0,
     Imitation,
@@ -28,6 +30,7 @@ from joint.objectives import (
     spaces_of,
 )
 from joint.schema import POOL_TOKENS, SPACE_TOKENS, STAGES
+from joint.unread import UnreadError, as_far_as_read
 from towers.mixtures import Snr
 from towers.pre_ranking import PreRanking
 from towers.ranking import Ranking
@@ -43,81 +46,139 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
         ConfigError: one line per mistake, all of them.
     """
     tree = settings.read(path, overrides)
-    config, problems = settings.attempt(tree, Config)
-    settings.raise_all([*problems, *settings.at(tree, mistakes(config) if config else ())])
-    assert config is not None
-    return config, tree
+    return config_of(tree), tree
+
+
+def config_of(tree: settings.Tree) -> Config:
+    """The experiment that a tree of settings is.
+
+    Raises:
+        ConfigError: one line per mistake, all of them.
+    """
+    config, problems = settings.attempt(tree, Config, also_called=ALSO_CALLED)
+    settings.raise_all([*problems, *settings.at(tree, mistakes(config))])
+    return config
 
 
 Mistake = tuple[str, str]
+Head = Retrieval | PreRanking | Ranking
+OfTasks = Binary | ResidualLoss | Distillation | MultiClass | AdaptiveContrastive | Pairwise | Imitation
 
 
-def unknown_names(path: str, names: Sequence[str], known: Sequence[str], what: str) -> Iterator[Mistake]:
-    """A mistake at `path` for each of `names` that is no `known` name of a `what`."""
-    for name in names:
-        if name not in known:
-            yield path, f"no {what} {name!r}{settings.near_miss(name, known)}"
+def unknown_names(path: str, names: Iterable[str], known: Iterable[str], what: str) -> Iterator[Mistake]:
+    """A mistake at `path` for each of `names`, as far as read, that is no `known` name of a `what`."""
+    with suppress(UnreadError):
+        known = list(known)
+        for name in names:
+            if name not in known:
+                yield path, f"no {what} {name!r}{settings.near_miss(name, known)}"
 
 
 def mistakes(config: Config) -> Iterator[Mistake]:
-    """What makes no sense in a config, whatever the dataset: (dotted path, message)."""
+    """What makes no sense in a config, whatever the dataset: (dotted path, message).
+
+    Every check sees to one thing, so that a value that could not be read hides nothing but what is about it.
+    """
+    checks = (
+        *(_part_mistakes, _split_mistakes, _quota_mistakes, _pool_mistakes, _candidate_mistakes, _name_mistakes),
+        *(_sharing_mistakes, _layers_mistakes, _residual_mistakes, _softmax_mistakes, _views_twice),
+        *(_head_mistakes, _all_objective_mistakes),
+    )
+    for check in checks:
+        yield from as_far_as_read(check(config))
+
+
+def _part_mistakes(config: Config) -> Iterator[Mistake]:
+    if not config.objectives:
+        yield "objectives", "none; expected at least one"
+    yield from unknown_names("evaluation.task", [config.evaluation.task], config.tasks, "task")
     heads = heads_of(config)
     if not heads:
         yield "heads", "no head; expected at least one of retrieval, pre_ranking, ranking"
-    if not config.objectives:
-        yield "objectives", "none; expected at least one"
+    yield from unknown_names("evaluation.whole_catalogue", config.evaluation.whole_catalogue, heads, "head")
+
+
+def _split_mistakes(config: Config) -> Iterator[Mistake]:
     if config.evaluation.test in config.data.train or len(set(config.data.train)) < len(config.data.train):
         yield "data.train", f"names {config.evaluation.test}, which evaluation.test measures on, or a part twice"
-    quotas = config.evaluation.quotas
-    first = "retrieval" if "retrieval" in heads else ""  # without it the funnel is over the logged candidates
-    if not {*quotas} <= {*heads}:
-        yield from unknown_names("evaluation.quotas", list(quotas), list(heads), "head")
-    elif quotas and list(quotas) != [head for head in HEADS if head in quotas or head == first]:
-        yield "evaluation.quotas", f"expected in the funnel's order, from retrieval on; found {', '.join(quotas)}"
-    elif list(quotas.values()) != sorted(quotas.values(), reverse=True):
-        yield "evaluation.quotas", "a head cannot keep more than the one before it left"
-    reserved, kept = sum(pool.quota for pool in config.evaluation.pools.values()), quotas.get("retrieval", 0)
-    if reserved > kept:
-        yield "evaluation.pools", f"reserves {reserved} places; evaluation.quotas gives retrieval {kept}"
-    if config.evaluation.pools and config.heads.retrieval is None:
-        yield "evaluation.pools", "are of the retrieval head, which is not there"
-    stages = [*STAGES]
-    yield from unknown_names("data.candidates", list(config.data.candidates), stages, "stage")
-    yield from unknown_names("evaluation.task", [config.evaluation.task], list(config.tasks), "task")
-    yield from unknown_names("evaluation.whole_catalogue", config.evaluation.whole_catalogue, list(heads), "head")
-    if "random" in config.data.candidates and config.data.candidates["random"] == "all":
-        yield "data.candidates.random", "expected a number of draws, found 'all'"
     if config.evaluation.valid in config.data.train and config.train.evaluate_every_epochs:
         part = config.evaluation.valid
         yield (
             "train.evaluate_every_epochs",
             f"{part} is trained on, so it validates nothing; set 0 or change data.train",
         )
+
+
+def _quota_mistakes(config: Config) -> Iterator[Mistake]:
+    heads, quotas = heads_of(config), config.evaluation.quotas
+    first = "retrieval" if "retrieval" in heads else ""  # without it the funnel is over the logged candidates
+    if not {*quotas} <= {*heads}:
+        yield from unknown_names("evaluation.quotas", quotas, heads, "head")
+    elif quotas and list(quotas) != [head for head in HEADS if head in quotas or head == first]:
+        yield "evaluation.quotas", f"expected in the funnel's order, from retrieval on; found {', '.join(quotas)}"
+    elif list(quotas.values()) != sorted(quotas.values(), reverse=True):
+        yield "evaluation.quotas", "a head cannot keep more than the one before it left"
+
+
+def _pool_mistakes(config: Config) -> Iterator[Mistake]:
+    if config.evaluation.pools and config.heads.retrieval is None:
+        yield "evaluation.pools", "are of the retrieval head, which is not there"
+    kept = config.evaluation.quotas.get("retrieval", 0)
+    reserved = sum(pool.quota for pool in config.evaluation.pools.values())
+    if reserved > kept:
+        yield "evaluation.pools", f"reserves {reserved} places; evaluation.quotas gives retrieval {kept}"
+
+
+def _candidate_mistakes(config: Config) -> Iterator[Mistake]:
+    yield from unknown_names("data.candidates", config.data.candidates, STAGES, "stage")
+    if config.data.candidates.get("random") == "all":
+        yield "data.candidates.random", "expected a number of draws, found 'all'"
+
+
+def _name_mistakes(config: Config) -> Iterator[Mistake]:
     for section in ("tasks", "encoders", "cross", "objectives"):
-        for name in getattr(config, section):
-            if not re.fullmatch(r"[A-Za-z_][\w-]*", name) or hasattr(nn.ModuleDict, name):
-                yield section, f"{name!r} cannot be a name; choose a word of letters, digits, _ and -"
-    yield from _sharing_mistakes(config)
-    yield from _layers_mistakes(config)
-    yield from _residual_mistakes(config)
+        with suppress(UnreadError):
+            for name in getattr(config, section):
+                if not re.fullmatch(r"[A-Za-z_][\w-]*", name) or hasattr(nn.ModuleDict, name):
+                    yield section, f"{name!r} cannot be a name; choose a word of letters, digits, _ and -"
+
+
+def _softmax_mistakes(config: Config) -> Iterator[Mistake]:
     pooled = [o for o in config.objectives.values() if isinstance(o, MultiClass | ItemViews)]
     if len({tuple(o.space) == ("corpus",) for o in pooled}) > 1:
         yield "objectives", "some are over the corpus and some over a sample of it; expected one pool in a run"
-    if sum(isinstance(o, ItemViews) for o in pooled) > 1:
+
+
+def _views_twice(config: Config) -> Iterator[Mistake]:
+    if sum(isinstance(o, ItemViews) for o in config.objectives.values()) > 1:
         yield "objectives", "names item_views twice; expected one"
-    for name, head in heads.items():
-        yield from unknown_names(f"heads.{name}.fusion", list(head.fusion), list(config.tasks), "task")
-        for group, weights in head.fusion_by_group.items():
-            path = f"heads.{name}.fusion_by_group.{group}"
-            yield from unknown_names(path, list(weights), list(config.tasks), "task")
-        if not isinstance(head, Retrieval):
-            yield from unknown_names(f"heads.{name}.fusion_of", list(head.fusion_of), list(config.tasks), "task")
-        yield from _prior_mistakes(name, head)
-        twice = sorted({feature for feature in head.features if head.features.count(feature) > 1})
-        if twice:
-            yield f"heads.{name}.features", f"names {', '.join(twice)} twice"
-    for name, objective in config.objectives.items():
-        yield from _objective_mistakes(config, f"objectives.{name}", objective)
+
+
+def _head_mistakes(config: Config) -> Iterator[Mistake]:
+    for name, head in heads_of(config).items():
+        for check in (_fusion_mistakes, _prior_mistakes, _feature_mistakes):
+            yield from as_far_as_read(check(config, f"heads.{name}", head))
+
+
+def _fusion_mistakes(config: Config, path: str, head: Head) -> Iterator[Mistake]:
+    yield from unknown_names(f"{path}.fusion", head.fusion, config.tasks, "task")
+    if not isinstance(head, Retrieval):
+        yield from unknown_names(f"{path}.fusion_of", head.fusion_of, config.tasks, "task")
+    for group, weights in head.fusion_by_group.items():
+        yield from unknown_names(f"{path}.fusion_by_group.{group}", weights, config.tasks, "task")
+
+
+def _prior_mistakes(_: Config, path: str, head: Head) -> Iterator[Mistake]:
+    gates = {"gate": head.gate} | ({"task_gate": head.task_gate} if isinstance(head, Ranking) else {})
+    for field_, gate in gates.items():
+        if gate is not None:
+            yield from unknown_names(f"{path}.{field_}.prior", gate.prior, head.features, "feature of this head")
+
+
+def _feature_mistakes(_: Config, path: str, head: Head) -> Iterator[Mistake]:
+    twice = sorted({feature for feature in head.features if head.features.count(feature) > 1})
+    if twice:
+        yield f"{path}.features", f"names {', '.join(twice)} twice"
 
 
 def _residual(config: Config) -> Residual | None:
@@ -133,17 +194,10 @@ def _residual_mistakes(config: Config) -> Iterator[Mistake]:
             yield path, "no objective trains it; expected one of loss residual"
 
 
-def _prior_mistakes(name: str, head: Retrieval | PreRanking | Ranking) -> Iterator[Mistake]:
-    gates = {"gate": head.gate} | ({"task_gate": head.task_gate} if isinstance(head, Ranking) else {})
-    for field_, gate in gates.items():
-        if gate is not None:
-            yield from unknown_names(f"heads.{name}.{field_}.prior", gate.prior, head.features, "feature of this head")
-
-
 def _sharing_mistakes(config: Config) -> Iterator[Mistake]:
     heads, spared = heads_of(config), config.sharing.stop_gradient
     path = "sharing.stop_gradient"
-    yield from unknown_names(path, spared, list(heads), "head")
+    yield from unknown_names(path, spared, heads, "head")
     if heads and set(spared) >= set(heads):
         yield path, "names every head; nothing would train the tables"
     if config.sharing.mode == "tables_and_encoders":
@@ -165,7 +219,7 @@ def _layers_mistakes(config: Config) -> Iterator[Mistake]:
 
 def _penalty_mistakes(config: Config, path: str, objective: ExpectedL0) -> Iterator[Mistake]:
     heads = heads_of(config)
-    yield from unknown_names(f"{path}.head", [objective.head], list(heads), "head")
+    yield from unknown_names(f"{path}.head", [objective.head], heads, "head")
     if objective.head in heads and not isinstance(heads[objective.head].trunk, Snr):
         trunk = heads[objective.head].trunk
         found = f"is {trunk.kind}" if trunk else "is null"
@@ -184,6 +238,11 @@ def _views_mistakes(config: Config, path: str, objective: ItemViews) -> Iterator
 POOLS = ({"corpus"}, {"in_batch"}, {"random"}, {"in_batch", "random"})
 
 
+def _all_objective_mistakes(config: Config) -> Iterator[Mistake]:
+    for name, objective in config.objectives.items():
+        yield from as_far_as_read(_objective_mistakes(config, f"objectives.{name}", objective))
+
+
 def _objective_mistakes(config: Config, path: str, objective: Objective) -> Iterator[Mistake]:
     if isinstance(objective, ExpectedL0):
         yield from _penalty_mistakes(config, path, objective)
@@ -191,56 +250,76 @@ def _objective_mistakes(config: Config, path: str, objective: Objective) -> Iter
     if isinstance(objective, ItemViews):
         yield from _views_mistakes(config, path, objective)
         return
-    yield from unknown_names(f"{path}.tasks", objective.tasks, list(config.tasks), "task")
+    yield from unknown_names(f"{path}.head", [objective.head], heads_of(config), "head")
+    checks = (_task_mistakes, _space_mistakes, _teacher_mistakes, _adaptive_mistakes, _residual_loss_mistakes)
+    for check in checks:
+        yield from as_far_as_read(check(config, path, objective))
+
+
+def _task_mistakes(config: Config, path: str, objective: OfTasks) -> Iterator[Mistake]:
+    yield from unknown_names(f"{path}.tasks", objective.tasks, config.tasks, "task")
     if len(set(objective.tasks)) < len(objective.tasks):
         yield f"{path}.tasks", f"names a task twice: {', '.join(objective.tasks)}"
-    heads = list(heads_of(config))
-    yield from unknown_names(f"{path}.head", [objective.head], heads, "head")
+
+
+def _space_mistakes(config: Config, path: str, objective: OfTasks) -> Iterator[Mistake]:
     tokens = {token for spaces in spaces_of(objective).values() for token in spaces} | set(objective.space)
     yield from unknown_names(f"{path}.space", sorted(tokens), SPACE_TOKENS, "space")
-    pooled = sorted(tokens & set(POOL_TOKENS))
     if isinstance(objective, MultiClass):
-        if objective.head != "retrieval" or set(objective.space) not in POOLS:
-            yield (
-                path,
-                "multi_class trains the retrieval head over space [corpus], [in_batch], [random] or both of these",
-            )
-        if objective.hard and tuple(objective.space) != ("corpus",):
-            yield f"{path}.hard", "is a window of ranks in the corpus; expected space [corpus]"
-        if "random" in objective.space and not config.data.shared_random:
-            yield f"{path}.space", "random holds nothing: data.shared_random is 0"
+        yield from _multi_class_mistakes(config, path, objective)
         return
-    elif pooled:
+    if pooled := sorted(tokens & set(POOL_TOKENS)):
         yield (
             f"{path}.space",
             f"{objective.loss} compares candidates of a request; {pooled[0]} is not among them",
         )
-    if isinstance(objective, ResidualLoss) and (objective.head != "ranking" or not _residual(config)):
-        yield f"{path}.head", "trains the residual of the ranking head; heads.ranking.residual is not there"
     if isinstance(objective, Imitation) and tokens & {"positive", "exposed_neg"}:
         yield f"{path}.space", f"{objective.loss} orders the same candidates for all tasks; name exposed instead"
-    if (
-        isinstance(objective, AdaptiveContrastive)
-        and objective.shuffle
-        and {*objective.space} & {"positive", "exposed_neg"}
-    ):
-        yield f"{path}.shuffle", "deals the weights of all tasks alike; name spaces that are the same for all tasks"
     if isinstance(objective, Pairwise):
-        yield from unknown_names(f"{path}.winner_weights", list(objective.winner_weights), SPACE_TOKENS, "space")
-    if isinstance(objective, AdaptiveContrastive) and objective.head != "pre_ranking":
-        yield f"{path}.head", "adaptive weights compare the pre_ranking head's gated item side; no other head has one"
-    if isinstance(objective, Distillation | Imitation) and objective.teacher == "logged":
-        yield from _logged_mistakes(config, path, objective)
-    elif isinstance(objective, Distillation | Imitation):
-        yield from unknown_names(f"{path}.teacher", [objective.teacher], heads, "head")
-        if objective.teacher == objective.head:
-            yield f"{path}.teacher", "a head cannot teach itself"
-    sampled = [STAGES[name] for name, quota in config.data.candidates.items() if name in STAGES and quota]
+        yield from unknown_names(f"{path}.winner_weights", objective.winner_weights, SPACE_TOKENS, "space")
+    if not {*config.data.candidates} <= {*STAGES}:
+        return  # what is drawn is not known yet
+    sampled = [STAGES[name] for name, quota in config.data.candidates.items() if quota]
     for token in sorted(tokens - set(POOL_TOKENS)):
         drawn = "exposed" if token in ("positive", "exposed_neg") else token
         flags = STAGES.get(drawn)
         if flags is not None and not any(stage & flags for stage in sampled):
             yield f"{path}.space", f"{token} holds nothing: data.candidates draws no {drawn}"
+
+
+def _multi_class_mistakes(config: Config, path: str, objective: MultiClass) -> Iterator[Mistake]:
+    if objective.head != "retrieval" or set(objective.space) not in POOLS:
+        yield path, "multi_class trains the retrieval head over space [corpus], [in_batch], [random] or both of these"
+    if objective.hard and tuple(objective.space) != ("corpus",):
+        yield f"{path}.hard", "is a window of ranks in the corpus; expected space [corpus]"
+    if "random" in objective.space and not config.data.shared_random:
+        yield f"{path}.space", "random holds nothing: data.shared_random is 0"
+
+
+def _adaptive_mistakes(_: Config, path: str, objective: OfTasks) -> Iterator[Mistake]:
+    if isinstance(objective, AdaptiveContrastive):
+        if objective.head != "pre_ranking":
+            said = "adaptive weights compare the pre_ranking head's gated item side; no other head has one"
+            yield f"{path}.head", said
+        if objective.shuffle and {*objective.space} & {"positive", "exposed_neg"}:
+            said = "deals the weights of all tasks alike; name spaces that are the same for all tasks"
+            yield f"{path}.shuffle", said
+
+
+def _residual_loss_mistakes(config: Config, path: str, objective: OfTasks) -> Iterator[Mistake]:
+    if isinstance(objective, ResidualLoss) and (objective.head != "ranking" or not _residual(config)):
+        yield f"{path}.head", "trains the residual of the ranking head; heads.ranking.residual is not there"
+
+
+def _teacher_mistakes(config: Config, path: str, objective: OfTasks) -> Iterator[Mistake]:
+    if not isinstance(objective, Distillation | Imitation):
+        return
+    if objective.teacher == "logged":
+        yield from _logged_mistakes(config, path, objective)
+        return
+    yield from unknown_names(f"{path}.teacher", [objective.teacher], heads_of(config), "head")
+    if objective.teacher == objective.head:
+        yield f"{path}.teacher", "a head cannot teach itself"
 
 
 def _logged_mistakes(config: Config, path: str, objective: Distillation | Imitation) -> Iterator[Mistake]:

@@ -309,6 +309,19 @@ class Config:
 
 
 HEADS = ("retrieval", "pre_ranking", "ranking")
+# What other trainers call it -> how its path ends here: the near miss of a key that no section has.
+ALSO_CALLED = {
+    "batch_size": "data.requests_per_batch",
+    "dataset": "data.path",
+    "embedding_dim": "tables.NAME.dim",
+    "learning_rate": "lr",
+    "max_epochs": "data.epochs",
+    "num_epochs": "data.epochs",
+    "num_workers": "train.threads",
+    "output_dir": "run.dir",
+    "random_seed": "run.seed",
+    "topk": "evaluation.k",
+}
 
 
 def logged_scores(config: Config) -> tuple[str, ...]:

@@ -14,16 +14,33 @@ All that the user got wrong is raised as one `ConfigError`, a line each, in file
   since an ablation would ablate nothing.
 """
 
+import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from itertools import takewhile
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import FloatNode, IntegerNode
 
 from joint import sources
-from joint.sources import Problems, Tree, at, find, merge, near_miss, place, raise_all, raise_at, read, suggest
+from joint.sources import (
+    Place,
+    Problems,
+    Tree,
+    at,
+    find,
+    merge,
+    near_miss,
+    nearest,
+    place,
+    raise_all,
+    raise_at,
+    read,
+    suggest,
+)
+from joint.unread import UNREAD, UnreadError
 
 __all__ = [
     "Tree",
@@ -34,6 +51,7 @@ __all__ = [
     "dump",
     "merge",
     "near_miss",
+    "nearest",
     "place",
     "plain",
     "raise_all",
@@ -42,7 +60,57 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-_NOTHING = object()  # what stands for a value that could not be built
+MOST_PLACES = 3  # of a key that a message names
+
+
+@dataclass
+class _Reading:
+    """What is gathered while a tree is decoded into a dataclass."""
+
+    keys: list[str]  # all that there are, as dotted paths; NAME for a name of the user's choice
+    also_called: Mapping[str, str]  # other word for a key -> its last words
+    meant: set[str] = field(default_factory=set)  # keys that unknown ones were likely meant to be
+    problems: Problems = field(default_factory=list)
+
+    def unknown(self, where: Place, path: str, key: str, known: Iterable[str]) -> None:
+        """Note a key that its section does not have, and what was likely meant: a key of it, or one elsewhere."""
+        close = nearest(key, known)
+        if close and key not in self.also_called:
+            places, said = [_join(path, close)], f"; did you mean {close}?"
+        else:
+            places = self._elsewhere(path, self.also_called.get(key, key))
+            said = f"; did you mean {' or '.join(places[:MOST_PLACES])}?" if places else near_miss(key, known)
+        self.meant |= {*places} if len(places) == 1 else set()
+        self.problems.append((where, f"{_join(path, key)}: unknown key{said}"))
+
+    def _elsewhere(self, path: str, words: str) -> list[str]:
+        """The keys that end in these words, of those the ones that have most of their path in common with `path`.
+
+        None where `path` itself has such a key, of another kind.
+        """
+        here = path.split(".") if path else []
+        found: dict[int, list[str]] = {}
+        for key in self.keys:
+            if f".{key}".endswith(f".{words}"):
+                parts = key.split(".")
+                pairs = zip(parts, here, strict=False)
+                common = len([*takewhile(lambda pair: pair[0] in ("NAME", pair[1]), pairs)])
+                found.setdefault(common, []).append(".".join([*here[:common], *parts[common:]]))
+        nearest = found[max(found)] if found else []
+        return [] if _join(path, words) in nearest else nearest
+
+
+def _keys(hint: Any, path: str) -> Iterator[str]:
+    """The dotted paths of all keys below a type."""
+    if is_dataclass(hint):
+        for name, inner in get_type_hints(hint).items():
+            yield _join(path, name)
+            yield from _keys(inner, _join(path, name))
+    elif get_origin(hint) is dict:
+        yield from _keys(get_args(hint)[1], _join(path, "NAME"))
+    elif get_origin(hint) is not Literal:
+        for inner in get_args(hint):
+            yield from _keys(inner, path)
 
 
 def decode(tree: Tree, cls: type[T]) -> T:
@@ -60,34 +128,48 @@ def decode(tree: Tree, cls: type[T]) -> T:
     """
     value, problems = attempt(tree, cls)
     raise_all(problems)
-    assert value is not None
     return value
 
 
-def attempt(tree: Tree, cls: type[T]) -> tuple[T | None, Problems]:
-    """`decode` for who has more to check: every mistake, and the value without what is wrong, if that is one.
+def attempt(tree: Tree, cls: type[T], *, also_called: Mapping[str, str] | None = None) -> tuple[T, Problems]:
+    """`decode` for who has more to check: every mistake, and the value, with `UNREAD` in place of what is wrong.
 
-    An unknown key and a wrong value are left out where nothing else hangs on them: the key has no section below it, the
-    field a default. Otherwise the value is None.
+    A key that an unknown one was likely meant to be is `UNREAD` too, rather than missing or at its default.
+
+    Args:
+        also_called: other words for keys, for the near miss of an unknown key; to a key's name or the end of its path.
     """
-    problems: Problems = []
-    value = _decode(tree, cls, "", problems)
-    return None if value is _NOTHING else value, problems
+    keys = list(dict.fromkeys(_keys(cls, "")))
+    first = _Reading(keys, also_called or {})
+    value = _decode(tree, cls, "", first)
+    if not first.meant:
+        return value, first.problems
+    again = _Reading(keys, also_called or {}, first.meant)
+    return _decode(tree, cls, "", again), again.problems
 
 
-def _decode(tree: Tree, hint: Any, path: str, problems: Problems) -> Any:
-    """The value, or `_NOTHING`; what is wrong is added to the problems."""
+def _decode(tree: Tree, hint: Any, path: str, reading: _Reading) -> Any:
+    """The value, or `UNREAD`; what is wrong is added to the problems."""
     try:
-        return _value(tree, hint, path, problems)
+        return _value(tree, hint, path, reading)
     except ValueError as error:
-        for line in (str(error) or "not valid").splitlines():
-            word = line.split(" ")[0]
-            message = line if not path else f"{path}.{line}" if word.endswith(":") else f"{path}: {line}"
-            problems.append((find(tree, word.rstrip(":")).place, message))
-        return _NOTHING
+        reading.problems += _placed(_lines(error), tree, path)
+        return UNREAD
 
 
-def _value(tree: Tree, hint: Any, path: str, problems: Problems) -> Any:
+def _lines(error: ValueError) -> list[str]:
+    return (str(error) or "not valid").splitlines()
+
+
+def _placed(lines: Iterable[str], tree: Tree, path: str) -> Iterator[tuple[Place, str]]:
+    """Lines at their places: that of the field which a line opens with, or of the mapping."""
+    for line in lines:
+        word = line.split(" ")[0]
+        message = line if not path else f"{path}.{line}" if word.endswith(":") else f"{path}: {line}"
+        yield find(tree, word.rstrip(":")).place, message
+
+
+def _value(tree: Tree, hint: Any, path: str, reading: _Reading) -> Any:
     if hint is Tree:
         return tree
     if tree.value is None and type(None) in _kinds(hint):
@@ -95,12 +177,12 @@ def _value(tree: Tree, hint: Any, path: str, problems: Problems) -> Any:
     kinds = [kind for kind in _kinds(hint) if kind is not type(None)]
     if isinstance(tree.value, dict):
         if classes := [kind for kind in kinds if is_dataclass(kind)]:
-            return _fields(tree, classes[0] if len(classes) == 1 else _tagged(tree, classes), path, problems)
+            return _fields(tree, classes[0] if len(classes) == 1 else _tagged(tree, classes), path, reading)
         if maps := [kind for kind in kinds if get_origin(kind) is dict]:
-            return _entries(tree, get_args(maps[0])[1], path, problems)
+            return _entries(tree, get_args(maps[0])[1], path, reading)
     elif isinstance(tree.value, list):
         if tuples := [kind for kind in kinds if get_origin(kind) is tuple]:
-            return _items(tree, get_args(tuples[0]), path, problems)
+            return _items(tree, get_args(tuples[0]), path, reading)
     elif tree.value is not None:
         return _scalar(tree, kinds)
     raise ValueError(f"expected {_expected(kinds)}, found {sources.found(tree)}")
@@ -140,25 +222,25 @@ def _convert(tree: Tree, kind: Any) -> Any:
     raise ValueError
 
 
-def _items(tree: Tree, kinds: tuple[Any, ...], path: str, problems: Problems) -> Any:
+def _items(tree: Tree, kinds: tuple[Any, ...], path: str, reading: _Reading) -> Any:
     if kinds[-1] is Ellipsis:
         kinds = kinds[:1] * len(tree.value)
     if len(kinds) != len(tree.value):
         raise ValueError(f"expected {len(kinds)} items, found {len(tree.value)}")
     pairs = enumerate(zip(tree.value, kinds, strict=True))
-    items = tuple(_decode(item, kind, _join(path, index), problems) for index, (item, kind) in pairs)
-    return _NOTHING if _NOTHING in items else items
+    return tuple(_decode(item, kind, _join(path, index), reading) for index, (item, kind) in pairs)
 
 
-def _entries(tree: Tree, hint: Any, path: str, problems: Problems) -> Any:
+def _entries(tree: Tree, hint: Any, path: str, reading: _Reading) -> Any:
     entries = {}
     for key, child in tree.value.items():
         if child.value is not None or type(None) in _kinds(hint):
-            entries[key] = _decode(child, hint, _join(path, key), problems)
+            entries[key] = _decode(child, hint, _join(path, key), reading)
         elif not child.removes:
             others = [other for other in tree.value if other != key]
-            problems.append((child.place, f"{_join(path, key)}: nothing to remove{near_miss(key, others)}"))
-    return _NOTHING if _NOTHING in entries.values() else entries
+            message = f"{_join(path, key)}: nothing to remove{near_miss(key, others)}"
+            reading.problems.append((child.place, message))
+    return entries
 
 
 def _tagged(tree: Tree, classes: Sequence[Any]) -> Any:
@@ -182,26 +264,49 @@ def _tags(classes: Sequence[Any]) -> tuple[str, dict[str, Any]]:
     raise TypeError(f"no Literal field tells {', '.join(cls.__name__ for cls in classes)} apart")
 
 
-def _fields(tree: Tree, cls: Any, path: str, problems: Problems) -> Any:
+def _fields(tree: Tree, cls: Any, path: str, reading: _Reading) -> Any:
     known, hints = {item.name: item for item in fields(cls)}, get_type_hints(cls)
-    values, whole = {}, True
+    values = {}
     for key, child in tree.value.items():
         if key not in known and not child.removes:
-            problems.append((child.place, f"{_join(path, key)}: unknown key{near_miss(key, known)}"))
-            whole &= not isinstance(child.value, dict)
+            reading.unknown(child.place, path, key, known)
     for name, item in known.items():
-        child, kinds = tree.value.get(name), _kinds(hints[name])
-        needed = item.default is MISSING and item.default_factory is MISSING
+        child, kinds, own = tree.value.get(name), _kinds(hints[name]), _join(path, name)
         if child and (child.value is not None or type(None) in kinds):
-            value = _decode(child, hints[name], _join(path, name), problems)
-            if value is not _NOTHING:
-                values[name] = value
-            whole &= value is not _NOTHING or not (needed or isinstance(child.value, dict))
-        elif needed:
-            message = f"{_join(path, name)}: missing; expected {_expected(kinds)}"
-            problems.append(((child or tree).place, message))
-            whole = False
-    return cls(**values) if whole else _NOTHING
+            values[name] = _decode(child, hints[name], own, reading)
+        elif own in reading.meant:
+            values[name] = UNREAD
+        elif _needed(item):
+            values[name] = UNREAD
+            message = f"{own}: missing; expected {_expected(kinds)}"
+            reading.problems.append(((child or tree).place, message))
+    return _built(tree, cls, values, path, reading)
+
+
+def _needed(item: Field[Any]) -> bool:
+    return item.default is MISSING and item.default_factory is MISSING
+
+
+def _built(tree: Tree, cls: Any, values: dict[str, Any], path: str, reading: _Reading) -> Any:
+    """The dataclass of these values; where one is unread, what its checks say of the others is still a mistake."""
+    known = {item.name: item for item in fields(cls)}
+    unread = {name for name, value in values.items() if value is UNREAD}
+    try:
+        made = cls(**{name: value for name, value in values.items() if name not in unread or _needed(known[name])})
+        if not unread:
+            return made
+    except UnreadError:
+        pass
+    except ValueError as error:
+        # A line that names what could not be read is about the default in its place.
+        lines = [line for line in _lines(error) if not unread & {*re.findall(r"\w+", line)}]
+        reading.problems += _placed(lines, tree, path)
+        values |= {name: UNREAD for line in lines for name in re.findall(r"^\w+", line) if name in known}
+    made = object.__new__(cls)  # without its checks
+    for name, item in known.items():
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        object.__setattr__(made, name, values.get(name, default))
+    return made
 
 
 def dump(value: Any) -> str:

@@ -217,8 +217,13 @@ def near_miss(word: str, known: Iterable[str]) -> str:
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """'; did you mean X?' for the one of `known` that is close to `word`, or else ''."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    close = nearest(word, known)
+    return f"; did you mean {close}?" if close else ""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The one of `known` that is closest to `word`, or '' where none is close."""
+    return "".join(difflib.get_close_matches(word, list(known), n=1))
 
 
 def found(tree: Tree) -> str:

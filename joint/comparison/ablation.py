@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from joint import settings
 from joint.comparison.tuning import TRIAL_SEED, Tune, applied, reach
-from joint.config import mistakes
+from joint.config import config_of, mistakes
 from joint.errors import ConfigError, UserError
 from joint.experiment import Config, Run
 from joint.fit import check_against, schema_of
@@ -162,8 +162,7 @@ def read_ablation(
 def _resolve(base: Tree, overlay: Tree, datasets: Collection[str]) -> Config:
     changes = replace(overlay, value={key: child for key, child in overlay.value.items() if key != "placebo"})
     tree = settings.merge(base, changes)
-    config = settings.decode(tree, Config)
-    settings.raise_at(tree, list(mistakes(config)))
+    config = config_of(tree)
     for path in datasets or [config.data.path]:
         check_against(config, tree, schema_of(replace(config.data, path=path)))
     return config
