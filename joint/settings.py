@@ -79,15 +79,13 @@ class _Reading:
             places, said = [_join(path, close)], f"; did you mean {close}?"
         else:
             places = self._elsewhere(path, self.also_called.get(key, key))
+            places = [] if _join(path, key) in places else places  # another kind of this very section has it
             said = f"; did you mean {' or '.join(places[:MOST_PLACES])}?" if places else near_miss(key, known)
         self.meant |= {*places} if len(places) == 1 else set()
         self.problems.append((where, f"{_join(path, key)}: unknown key{said}"))
 
     def _elsewhere(self, path: str, words: str) -> list[str]:
-        """The keys that end in these words, of those the ones that have most of their path in common with `path`.
-
-        None where `path` itself has such a key, of another kind.
-        """
+        """The keys that end in these words, of those the ones that have most of their path in common with `path`."""
         here = path.split(".") if path else []
         found: dict[int, list[str]] = {}
         for key in self.keys:
@@ -96,8 +94,7 @@ class _Reading:
                 pairs = zip(parts, here, strict=False)
                 common = len([*takewhile(lambda pair: pair[0] in ("NAME", pair[1]), pairs)])
                 found.setdefault(common, []).append(".".join([*here[:common], *parts[common:]]))
-        nearest = found[max(found)] if found else []
-        return [] if _join(path, words) in nearest else nearest
+        return found[max(found)] if found else []
 
 
 def _keys(hint: Any, path: str) -> Iterator[str]:
