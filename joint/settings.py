@@ -98,8 +98,8 @@ class _Reading:
 
 
 def _keys(hint: Any, path: str) -> Iterator[str]:
-    """The dotted paths of all keys below a type."""
-    if is_dataclass(hint):
+    """The dotted paths of all keys below a type; what is kept as a tree has any."""
+    if is_dataclass(hint) and hint is not Tree:
         for name, inner in get_type_hints(hint).items():
             yield _join(path, name)
             yield from _keys(inner, _join(path, name))

@@ -64,10 +64,10 @@ def thin_batches(loader: Loader) -> list[str]:
     days = [sum(part.rows for part in parts) for parts in loader.days.values()]
     even = sum(days) / sum(math.ceil(rows / asked) for rows in days)  # were all shards of a day equally long
     if even / asked < real / even:
-        why = f"a day has {sum(days) / len(days):,.0f}, and its last batch what is left; lower data.requests_per_batch"
+        why = f"a day of {sum(days) / len(days):,.0f} ends with what is left; lower data.requests_per_batch"
     else:
-        why = f"a day's row groups are dealt to {loader.data.shards} shards, and some run out early; lower data.shards"
-    return [f"a batch holds {real:.1f} requests on average, not {asked}: {why}"]
+        why = f"a day's row groups go to {loader.data.shards} shards, some run out early; lower data.shards"
+    return [f"{real:.1f} requests a batch on average, not {asked}: {why}"]
 
 
 def collision_lines(plan: Plan) -> list[str]:

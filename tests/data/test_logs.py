@@ -239,13 +239,15 @@ def test_all_mistakes_of_a_map_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         read_map(tmp_path / "map.yaml")
     lines = [line.removeprefix(f"{tmp_path}/") for line in str(caught.value).splitlines()]
-    assert [line.split(": ")[0] for line in lines] == [f"map.yaml:{n}" for n in (3, 4, 8, 11, 12, 13)]
+    assert [line.split(": ")[0] for line in lines] == [f"map.yaml:{n}" for n in (3, 4, 5, 6, 8, 11, 12, 13)]
     assert "itme: unknown key; did you mean time?" in lines[0]
     assert "'min' is not one of s, ms, us" in lines[1]
-    assert "labels.click: expected either column or discovery" in lines[2]
-    assert "exactly a bucket has one of them" in lines[3]
-    assert "did you mean float?" in lines[4]
-    assert "features.c.normalise: only a float has it" in lines[5]
+    assert "expected a duration such as 0s, 30m, 12h or 7d, found '3 hours'" in lines[2]
+    assert "found '1w'" in lines[3]
+    assert "labels.click: expected either column or discovery" in lines[4]
+    assert "exactly a bucket has one of them" in lines[5]
+    assert "did you mean float?" in lines[6]
+    assert "features.c.normalise: only a float has it" in lines[7]
 
 
 MISTAKES: dict[str, tuple[str, str]] = {

@@ -123,16 +123,16 @@ def test_what_no_gradient_reaches_is_a_warning(check):
 @pytest.mark.parametrize(
     ("batch", "shards", "mean", "why"),
     [
-        (100, 2, "63.0", "not 100: a day has 126, and its last batch what is left; lower data.requests_per_batch"),
+        (100, 2, "63.0", "not 100: a day of 126 ends with what is left; lower data.requests_per_batch"),
         # Eight row groups: of seven shards one has two, and makes it 16 batches.
-        (14, 7, "7.9", "not 14: a day's row groups are dealt to 7 shards, and some run out early; lower data.shards"),
+        (14, 7, "7.9", "not 14: a day's row groups go to 7 shards, some run out early; lower data.shards"),
     ],
 )
 def test_batches_that_are_thinner_than_asked_for_are_a_warning(check, batch, shards, mean, why):
     _, out, _ = check(f"data.requests_per_batch={batch}", f"data.shards={shards}", "data.epochs=1")
     assert f"\nbatch      {batch} requests ({mean} on average), exposed all, random 6\n" in out
-    warned = [line for line in out.splitlines() if line.startswith("warning: a batch")]
-    assert warned == [f"warning: a batch holds {mean} requests on average, {why}"]
+    warned = [line for line in out.splitlines() if line.startswith(f"warning: {mean}")]
+    assert warned == [f"warning: {mean} requests a batch on average, {why}"]
 
 
 def test_a_task_that_nothing_teaches_is_named(check):
