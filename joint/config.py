@@ -18,7 +18,6 @@ from joint.commands import run_command
 from joint.experiment import ALSO_CALLED, HEADS, Config, heads_of
 from joint.objectives import (
     AdaptiveContrastive,
-    Binary,
     Distillation,
     ExpectedL0,
     Imitation,
@@ -62,7 +61,6 @@ def config_of(tree: settings.Tree) -> Config:
 
 Mistake = tuple[str, str]
 Head = Retrieval | PreRanking | Ranking
-OfTasks = Binary | ResidualLoss | Distillation | MultiClass | AdaptiveContrastive | Pairwise | Imitation
 
 
 def unknown_names(path: str, names: Iterable[str], known: Iterable[str], what: str) -> Iterator[Mistake]:
@@ -256,13 +254,15 @@ def _objective_mistakes(config: Config, path: str, objective: Objective) -> Iter
         yield from as_far_as_read(check(config, path, objective))
 
 
-def _task_mistakes(config: Config, path: str, objective: OfTasks) -> Iterator[Mistake]:
+def _task_mistakes(config: Config, path: str, objective: Objective) -> Iterator[Mistake]:
+    assert not isinstance(objective, ExpectedL0 | ItemViews)
     yield from unknown_names(f"{path}.tasks", objective.tasks, config.tasks, "task")
     if len(set(objective.tasks)) < len(objective.tasks):
         yield f"{path}.tasks", f"names a task twice: {', '.join(objective.tasks)}"
 
 
-def _space_mistakes(config: Config, path: str, objective: OfTasks) -> Iterator[Mistake]:
+def _space_mistakes(config: Config, path: str, objective: Objective) -> Iterator[Mistake]:
+    assert not isinstance(objective, ExpectedL0 | ItemViews)
     tokens = {token for spaces in spaces_of(objective).values() for token in spaces} | set(objective.space)
     yield from unknown_names(f"{path}.space", sorted(tokens), SPACE_TOKENS, "space")
     if isinstance(objective, MultiClass):
@@ -296,7 +296,7 @@ def _multi_class_mistakes(config: Config, path: str, objective: MultiClass) -> I
         yield f"{path}.space", "random holds nothing: data.shared_random is 0"
 
 
-def _adaptive_mistakes(_: Config, path: str, objective: OfTasks) -> Iterator[Mistake]:
+def _adaptive_mistakes(_: Config, path: str, objective: Objective) -> Iterator[Mistake]:
     if isinstance(objective, AdaptiveContrastive):
         if objective.head != "pre_ranking":
             said = "adaptive weights compare the pre_ranking head's gated item side; no other head has one"
@@ -306,12 +306,12 @@ def _adaptive_mistakes(_: Config, path: str, objective: OfTasks) -> Iterator[Mis
             yield f"{path}.shuffle", said
 
 
-def _residual_loss_mistakes(config: Config, path: str, objective: OfTasks) -> Iterator[Mistake]:
+def _residual_loss_mistakes(config: Config, path: str, objective: Objective) -> Iterator[Mistake]:
     if isinstance(objective, ResidualLoss) and (objective.head != "ranking" or not _residual(config)):
         yield f"{path}.head", "trains the residual of the ranking head; heads.ranking.residual is not there"
 
 
-def _teacher_mistakes(config: Config, path: str, objective: OfTasks) -> Iterator[Mistake]:
+def _teacher_mistakes(config: Config, path: str, objective: Objective) -> Iterator[Mistake]:
     if not isinstance(objective, Distillation | Imitation):
         return
     if objective.teacher == "logged":
