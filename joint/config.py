@@ -78,7 +78,8 @@ def mistakes(config: Config) -> Iterator[Mistake]:
     Every check sees to one thing, so that a value that could not be read hides nothing but what is about it.
     """
     checks = (
-        *(_part_mistakes, _split_mistakes, _quota_mistakes, _pool_mistakes, _candidate_mistakes, _name_mistakes),
+        *(_no_objective, _no_head, _evaluated_task, _evaluated_heads, _split_mistakes, _quota_mistakes),
+        *(_pool_mistakes, _candidate_mistakes, _name_mistakes),
         *(_sharing_mistakes, _layers_mistakes, _residual_mistakes, _softmax_mistakes, _views_twice),
         *(_head_mistakes, _all_objective_mistakes),
     )
@@ -86,14 +87,22 @@ def mistakes(config: Config) -> Iterator[Mistake]:
         yield from as_far_as_read(check(config))
 
 
-def _part_mistakes(config: Config) -> Iterator[Mistake]:
+def _no_objective(config: Config) -> Iterator[Mistake]:
     if not config.objectives:
         yield "objectives", "none; expected at least one"
-    yield from unknown_names("evaluation.task", [config.evaluation.task], config.tasks, "task")
-    heads = heads_of(config)
-    if not heads:
+
+
+def _no_head(config: Config) -> Iterator[Mistake]:
+    if not heads_of(config):
         yield "heads", "no head; expected at least one of retrieval, pre_ranking, ranking"
-    yield from unknown_names("evaluation.whole_catalogue", config.evaluation.whole_catalogue, heads, "head")
+
+
+def _evaluated_task(config: Config) -> Iterator[Mistake]:
+    yield from unknown_names("evaluation.task", [config.evaluation.task], config.tasks, "task")
+
+
+def _evaluated_heads(config: Config) -> Iterator[Mistake]:
+    yield from unknown_names("evaluation.whole_catalogue", config.evaluation.whole_catalogue, heads_of(config), "head")
 
 
 def _split_mistakes(config: Config) -> Iterator[Mistake]:
@@ -248,10 +257,13 @@ def _objective_mistakes(config: Config, path: str, objective: Objective) -> Iter
     if isinstance(objective, ItemViews):
         yield from _views_mistakes(config, path, objective)
         return
-    yield from unknown_names(f"{path}.head", [objective.head], heads_of(config), "head")
-    checks = (_task_mistakes, _space_mistakes, _teacher_mistakes, _adaptive_mistakes, _residual_loss_mistakes)
+    checks = (_trained_head, _task_mistakes, _space_mistakes, _teacher_mistakes, _adaptive_mistakes, _trained_residual)
     for check in checks:
         yield from as_far_as_read(check(config, path, objective))
+
+
+def _trained_head(config: Config, path: str, objective: Objective) -> Iterator[Mistake]:
+    yield from unknown_names(f"{path}.head", [objective.head], heads_of(config), "head")
 
 
 def _task_mistakes(config: Config, path: str, objective: Objective) -> Iterator[Mistake]:
@@ -263,8 +275,11 @@ def _task_mistakes(config: Config, path: str, objective: Objective) -> Iterator[
 
 def _space_mistakes(config: Config, path: str, objective: Objective) -> Iterator[Mistake]:
     assert not isinstance(objective, ExpectedL0 | ItemViews)
-    tokens = {token for spaces in spaces_of(objective).values() for token in spaces} | set(objective.space)
-    yield from unknown_names(f"{path}.space", sorted(tokens), SPACE_TOKENS, "space")
+    own = sorted({*objective.space})
+    yield from unknown_names(f"{path}.space", own, SPACE_TOKENS, "space")
+    others = {token for spaces in spaces_of(objective).values() for token in spaces} - {*own}
+    yield from unknown_names(f"{path}.space", sorted(others), SPACE_TOKENS, "space")
+    tokens = {*own, *others}
     if isinstance(objective, MultiClass):
         yield from _multi_class_mistakes(config, path, objective)
         return
@@ -306,7 +321,7 @@ def _adaptive_mistakes(_: Config, path: str, objective: Objective) -> Iterator[M
             yield f"{path}.shuffle", said
 
 
-def _residual_loss_mistakes(config: Config, path: str, objective: Objective) -> Iterator[Mistake]:
+def _trained_residual(config: Config, path: str, objective: Objective) -> Iterator[Mistake]:
     if isinstance(objective, ResidualLoss) and (objective.head != "ranking" or not _residual(config)):
         yield f"{path}.head", "trains the residual of the ranking head; heads.ranking.residual is not there"
 

@@ -74,6 +74,32 @@ def test_a_value_that_cannot_be_read_is_one_line_wherever_it_is(tiny, tmp_path):
     assert {".".join(key): lines for key, lines in said.items() if len(lines) != 1} == {}
 
 
+OTHERS = {  # a mistake, and the sections without which it cannot be judged
+    "evaluation.task": ("lik", ["tasks", "evaluation"]),
+    "objectives.student.space": (["exposd"], ["objectives.student.loss"]),
+    "heads.pre_ranking.features": (["user_id", "titel"], ["data.path", "encoders"]),
+}
+
+
+def test_nothing_hides_behind_a_value_that_cannot_be_read(tiny, tmp_path):
+    for place, (value, _) in OTHERS.items():
+        section, _, key = place.rpartition(".")
+        inner = tiny
+        for part in section.split("."):
+            inner = inner[part]
+        inner[key] = value
+    for key in keys(tiny):
+        where = ".".join(key)
+        lines = changed(tiny, key, tmp_path / "c.yaml", value=[[{"no": 1}]])
+        expected = {
+            place
+            for place, (_, needs) in OTHERS.items()
+            if not any(f"{known}.".startswith(f"{where}.") for known in (place, *needs))
+        }
+        assert {line.split(": ")[1] for line in lines} >= expected, where
+        assert len(lines) == 1 + len(expected), (where, lines)
+
+
 def test_a_key_that_is_misspelt_is_one_line_wherever_it_is(tiny, tmp_path):
     ours = [key for key in keys(tiny) if len(key) == 1 or key[-2] not in NAMES]
     said = {key: changed(tiny, key, tmp_path / "c.yaml", name=f"{key[-1]}x") for key in ours}
