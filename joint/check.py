@@ -87,7 +87,7 @@ def _data_lines(plan: Plan, loader: Loader) -> Iterator[str]:
     yield _line("labels", [_label(name, task) for name, task in config.tasks.items()])
     quotas = [f"{stage} {quota}" for stage, quota in config.data.candidates.items()]
     yield _line(
-        "batch", [f"{config.data.requests_per_batch} requests ({loader.mean_requests():.1f} on average)", *quotas]
+        "batch", [f"{config.data.requests_per_batch} requests ({loader.mean_requests:.1f} on average)", *quotas]
     )
 
 

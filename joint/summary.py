@@ -41,7 +41,7 @@ def opening(
     trained = {objective.head for objective in config.objectives.values()}
     dense = sum(p.numel() for name, p in model.named_parameters() if "embeddings." not in name)
     begin = f"resuming after step {progress.step}" if progress.step else "starting"
-    batches = f"{config.data.requests_per_batch} ({loader.mean_requests():.1f} on average)"
+    batches = f"{config.data.requests_per_batch} ({loader.mean_requests:.1f} on average)"
     return "\n".join(
         [
             f"{config.run.name}: {dataset.directory}, {dataset.schema.items:,} items; {loader.requests:,} requests x "
@@ -58,7 +58,7 @@ def opening(
 
 def thin_batches(loader: Loader) -> list[str]:
     """A line where batches hold far fewer requests than asked for: the reason that costs most, and what to do."""
-    asked, real = loader.data.requests_per_batch, loader.mean_requests()
+    asked, real = loader.data.requests_per_batch, loader.mean_requests
     if real >= THIN * asked:
         return []
     days = [sum(part.rows for part in parts) for parts in loader.days.values()]

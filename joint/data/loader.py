@@ -6,6 +6,7 @@ import atexit
 import queue
 import threading
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import TypeVar
 
 from joint.batch import Batch
@@ -57,6 +58,7 @@ class Loader:
         left = [(epoch, place) for epoch, place in days if (epoch, place) >= (start.epoch, start.day)]
         return sum(self._order(epoch, [*self.days][place]).batches for epoch, place in left) - start.batch
 
+    @cached_property
     def mean_requests(self) -> float:
         """Requests that a batch of all ranks holds on average: fewer than asked for, since no batch is of two days."""
         return self.requests * self.data.epochs / self.batches_left(Position())
