@@ -225,7 +225,8 @@ def _items(tree: Tree, kinds: tuple[Any, ...], path: str, reading: _Reading) -> 
     if len(kinds) != len(tree.value):
         raise ValueError(f"expected {len(kinds)} items, found {len(tree.value)}")
     pairs = enumerate(zip(tree.value, kinds, strict=True))
-    return tuple(_decode(item, kind, _join(path, index), reading) for index, (item, kind) in pairs)
+    items = tuple(_decode(item, kind, _join(path, index), reading) for index, (item, kind) in pairs)
+    return UNREAD if any(item is UNREAD for item in items) else items
 
 
 def _entries(tree: Tree, hint: Any, path: str, reading: _Reading) -> Any:

@@ -20,7 +20,8 @@ class _Unread:
         raise UnreadError
 
     __getattribute__ = __bool__ = __len__ = __iter__ = __contains__ = __getitem__ = __hash__ = _asked
-    __eq__ = __lt__ = __le__ = __gt__ = __ge__ = __add__ = __radd__ = __mod__ = __rmod__ = _asked
+    __eq__ = __lt__ = __le__ = __gt__ = __ge__ = __add__ = __radd__ = __sub__ = __rsub__ = __neg__ = _asked
+    __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = _asked
     __str__ = __repr__ = __format__ = __fspath__ = __int__ = __float__ = __index__ = _asked
 
 

@@ -171,6 +171,11 @@ def test_unrelated_mistakes_are_all_said_and_nothing_else(tiny_file, mistakes, s
     assert all(line.startswith(start) for line, start in zip(lines, said, strict=True)), lines
 
 
+def test_a_list_with_an_item_that_cannot_be_read_is_one_line(tiny_file):
+    (line,) = lines_of(tiny_file, ["data.days=[[1], 2024-01-01]"])
+    assert line.endswith(": data.days.0: expected a string, found a list")
+
+
 def test_each_has_its_file_line_key_and_near_miss(tiny_file):
     wrong = {
         "log_every: 1": "log_evry: 1",
