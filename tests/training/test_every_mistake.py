@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,7 @@ def lines_of(file: Path, overrides: Sequence[str] = ()) -> list[str]:
 
 def changed(config: dict[str, Any], key: Key, file: Path, *, name: str | None = None, value: Any = None) -> list[str]:
     """What is said of a config with another value, or another name, for one of its keys."""
-    file.write_text(yaml.safe_dump(config, sort_keys=False))
-    again = yaml.safe_load(file.read_text())
+    again = deepcopy(config)
     section = again
     for part in key[:-1]:
         section = section[part]
@@ -68,12 +68,6 @@ NAMES = (
 )  # sections of names of one's own
 
 
-def test_a_value_that_cannot_be_read_is_one_line_wherever_it_is(tiny, tmp_path):
-    said = {key: changed(tiny, key, tmp_path / "c.yaml", value=[[{"no": 1}]]) for key in keys(tiny)}
-    assert len(said) > 100
-    assert {".".join(key): lines for key, lines in said.items() if len(lines) != 1} == {}
-
-
 OTHERS = {  # a mistake, and the sections without which it cannot be judged
     "evaluation.task": ("lik", ["tasks", "evaluation"]),
     "objectives.student.space": (["exposd"], ["objectives.student.loss"]),
@@ -81,7 +75,8 @@ OTHERS = {  # a mistake, and the sections without which it cannot be judged
 }
 
 
-def test_nothing_hides_behind_a_value_that_cannot_be_read(tiny, tmp_path):
+def test_a_value_that_cannot_be_read_is_one_line_wherever_it_is_and_hides_no_other(tiny, tmp_path):
+    assert len([*keys(tiny)]) > 100
     for place, (value, _) in OTHERS.items():
         section, _, key = place.rpartition(".")
         inner = tiny
