@@ -39,7 +39,8 @@ class Batch(Pipelineable):
     observed: Tensor  # [N, T] bool: an exposure with known feedback, or an unexposed candidate (label 0)
     request_id: Tensor  # [R]
     group: Tensor  # [R]
-    head_rows: dict[str, Tensor]  # head -> the candidates it has to score, ascending
+    head_rows: dict[str, Tensor]  # head -> the candidates it has to score, ascending: in training, to learn from them
+    teaching_rows: dict[str, Tensor]  # head -> in training, those it has to score for its students alone, ascending
     pool_item: Tensor  # [P] item index; -1 is padding
     pool_open: Tensor  # [P] bool: an item that has joined the pool by the day of these requests
     pool_in_batch: Tensor  # [P] bool: an impression of these requests, not a shared random item or one of the corpus

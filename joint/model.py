@@ -57,24 +57,28 @@ class JointModel(nn.Module):
 
     def _head(self, name: str, own: Rows, rows: Rows, batch: Batch, encoded: Rows) -> HeadOutput:
         """`own` are the rows as this head may change them, `rows` as those may who share its encoders."""
-        head, chosen = self.heads[name], batch.head_rows[name]
-        row = _chosen(batch.row, chosen)
+        head = self.heads[name]
+        output = self._scored(name, own, rows, batch, encoded, batch.head_rows[name])
+        if name in batch.teaching_rows:
+            with torch.no_grad():  # a student's loss gives its teacher no gradient
+                taught = self._scored(name, own, rows, batch, encoded, batch.teaching_rows[name])
+            output.logits, output.computed = output.logits + taught.logits, output.computed | taught.computed
+        if isinstance(head, RetrievalHead):
+            self._add_pool(name, head, output, own, batch)
+        if self.training and name in self.gated:
+            output.expected_l0 = expected_l0(head)
+        return output
+
+    def _scored(self, name: str, own: Rows, rows: Rows, batch: Batch, encoded: Rows, chosen: Tensor) -> HeadOutput:
+        """The head's output on the `chosen` candidates."""
+        head, row = self.heads[name], _chosen(batch.row, chosen)
         request = torch.cat([*self._plain(name, "request", own), *self._encoded(name, own, rows, batch, encoded)], 1)
         item = _chosen(torch.cat(self._plain(name, "candidate", own), dim=1), chosen)
         match head:
             case RetrievalHead():
                 user = head.user_vectors(request).float()  # what is multiplied outside of the towers is float32
                 output = self._scattered(head.logits(user, head.item_vectors(item).float(), row), chosen, batch)
-                items = torch.cat(self._plain(name, "pool", own), dim=1)
-                vectors = head.item_vectors(items).float()
                 output.user = user
-                if self.views is not None and self.training:
-                    output.views = self._views(self.views, head, items, batch)
-                if batch.pool_sampled:
-                    assert self.frequency is not None
-                    output.pool = sampled_pool(vectors, batch, self.frequency, self.plan.config.data.shared_random)
-                else:
-                    output.pool = corpus_pool(vectors, batch)
             case RankingHead():
                 item = torch.cat([item, *self._attended(name, own, rows, batch, chosen)], dim=1)
                 output = self._scattered(head(request, item, row), chosen, batch)
@@ -88,9 +92,19 @@ class JointModel(nn.Module):
                 logits, gated = head(request, item, row)
                 output = self._scattered(logits, chosen, batch)
                 output.features = _scatter(gated.float(), chosen, len(batch.item))
-        if self.training and name in self.gated:
-            output.expected_l0 = expected_l0(head)
         return output
+
+    def _add_pool(self, name: str, head: RetrievalHead, output: HeadOutput, own: Rows, batch: Batch) -> None:
+        """What the softmax and the views of items are over."""
+        items = torch.cat(self._plain(name, "pool", own), dim=1)
+        vectors = head.item_vectors(items).float()
+        if self.views is not None and self.training:
+            output.views = self._views(self.views, head, items, batch)
+        if batch.pool_sampled:
+            assert self.frequency is not None
+            output.pool = sampled_pool(vectors, batch, self.frequency, self.plan.config.data.shared_random)
+        else:
+            output.pool = corpus_pool(vectors, batch)
 
     def _views(self, views: FieldViews, head: RetrievalHead, items: Tensor, batch: Batch) -> Views:
         """Two views of some of the pool's items, each with half of the item side's fields."""

@@ -361,12 +361,18 @@ def spaces_of(objective: Objective) -> dict[str, tuple[str, ...]]:
     return objective.needs
 
 
-def head_spaces(objectives: Iterable[Objective], heads: Iterable[str]) -> dict[str, frozenset[str]]:
-    """Head -> all spaces it has to score in training; the loader turns them into rows."""
+def head_spaces(
+    objectives: Iterable[Objective], heads: Iterable[str], *, learning: bool = False
+) -> dict[str, frozenset[str]]:
+    """Head -> all spaces it has to score in training; the loader turns them into rows.
+
+    `learning`: only those that it learns from itself, not those that it scores for its students.
+    """
     needed: dict[str, set[str]] = {head: set() for head in heads}
     for objective in objectives:
         for head, spaces in spaces_of(objective).items():
-            needed[head].update(spaces)
+            if head == objective.head or not learning:
+                needed[head].update(spaces)
     return {head: frozenset(spaces) for head, spaces in needed.items()}
 
 

@@ -37,7 +37,9 @@ class Assembler:
         self.dataset = dataset
         self.eligibility = Eligibility(dataset, plan.config.data)
         self.rows = {table.name: table.rows for table in plan.tables}
-        self.head_spaces = head_spaces(plan.config.objectives.values(), plan.config.heads.__dict__)
+        objectives, heads = plan.config.objectives.values(), plan.config.heads.__dict__
+        self.head_spaces = head_spaces(objectives, heads)
+        self.learning = head_spaces(objectives, heads, learning=True)
 
     def __call__(
         self,
@@ -83,6 +85,7 @@ class Assembler:
         assert (day == day[0]).all()
         is_open = partial(self.eligibility.is_open, day=int(day[0]))
         known = known_in_time(requests, self.plan.config.tasks, latest)[candidates.items.rows]
+        head_rows, teaching_rows = self._head_rows(stages, scoring)
         labels, weight, positive, observed = _labels(candidates, list(self.plan.config.tasks.values()), known)
         return Batch(
             sparse={name: _jagged(keys, values) for name, keys in self.plan.keys_by_width.items()},
@@ -105,7 +108,8 @@ class Assembler:
             observed=observed,
             request_id=torch.from_numpy(requests.scalars("request_id").copy()),
             group=torch.from_numpy(requests.scalars("group").astype(np.int64)),
-            head_rows=self._head_rows(stages, scoring),
+            head_rows=head_rows,
+            teaching_rows=teaching_rows,
             pool_item=torch.from_numpy(pool.items),
             pool_open=torch.from_numpy(is_open(pool.items)),
             pool_in_batch=torch.from_numpy(pool.in_batch),
@@ -143,10 +147,22 @@ class Assembler:
         pairs = np.stack([taken.rows, what], axis=1)
         return torch.from_numpy(pairs[what >= 0])
 
-    def _head_rows(self, stages: Tensor, scoring: Collection[str] | None) -> dict[str, Tensor]:
+    def _head_rows(
+        self, stages: Tensor, scoring: Collection[str] | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The candidates that each head learns from (or scores), and those that it scores for its students alone."""
         if scoring is not None:
-            return {head: torch.arange(len(stages) if head in scoring else 0) for head in self.head_spaces}
-        return {head: stage_mask(space, stages).nonzero().flatten() for head, space in self.head_spaces.items()}
+            return {head: torch.arange(len(stages) if head in scoring else 0) for head in self.head_spaces}, {}
+        learning = {head: stage_mask(space, stages) for head, space in self.learning.items()}
+        teaching = {
+            head: stage_mask(space, stages) & ~learning[head]
+            for head, space in self.head_spaces.items()
+            if space != self.learning[head]
+        }
+        head_rows, teaching_rows = (
+            {head: mask.nonzero().flatten() for head, mask in masks.items()} for masks in (learning, teaching)
+        )
+        return head_rows, teaching_rows
 
 
 def logged(requests: Requests, dataset: Dataset) -> Candidates:

@@ -179,13 +179,16 @@ def test_head_rows_are_what_the_objectives_need(assembler: MakeAssembler, reques
     needed = {
         "retrieval": [False] * len(stages),
         "pre_ranking": [any(flags) for flags in zip(exposed, ranked, coarse, strict=True)],
-        "ranking": [any(flags) for flags in zip(exposed, ranked, strict=True)],
+        "ranking": exposed,
     }
-    rows = build(made, requests).head_rows
+    batch = build(made, requests)
+    rows = batch.head_rows
     assert {head: r.tolist() for head, r in rows.items()} == {h: np.flatnonzero(m).tolist() for h, m in needed.items()}
     assert 0 < len(rows["ranking"]) < len(rows["pre_ranking"])
-    everything = build(made, requests, all_rows=True).head_rows
-    assert all(r.tolist() == list(range(len(stages))) for r in everything.values())
+    assert {h: r.tolist() for h, r in batch.teaching_rows.items()} == {"ranking": np.flatnonzero(ranked).tolist()}
+    everything = build(made, requests, all_rows=True)
+    assert all(r.tolist() == list(range(len(stages))) for r in everything.head_rows.values())
+    assert not everything.teaching_rows
 
 
 def test_excluded_pairs_come_from_all_named_histories(assembler: MakeAssembler, requests: Requests) -> None:

@@ -187,6 +187,24 @@ def test_heads_score_the_rows_of_their_spaces_in_training(run):
     assert 0 < exposed.sum() < len(exposed)
 
 
+def test_what_a_teacher_scores_for_its_student_alone_costs_no_gradient(run):
+    task, batch, _ = run(*PLAIN, "objectives.distill.space=[exposed, random]", all_rows=False)
+    exposed = (batch.stages & 512) != 0
+    assert torch.equal(batch.head_rows["ranking"], exposed.nonzero().flatten())
+    assert torch.equal(batch.teaching_rows["ranking"], (~exposed).nonzero().flatten())
+    assert [*batch.teaching_rows] == ["ranking"]
+    whole = dataclasses.replace(batch, head_rows=batch.head_rows | {"ranking": torch.arange(len(exposed))})
+    weights = [*task.module.dense.model.heads["ranking"].parameters()]
+    set_step(task.train(), 0)
+    (loss, split), (same, together) = task(batch), task(dataclasses.replace(whole, teaching_rows={}))
+    logits = split.outputs["ranking"].logits
+    assert split.outputs["ranking"].computed.all()
+    torch.testing.assert_close(logits, together.outputs["ranking"].logits)
+    assert not any(g.any() for g in torch.autograd.grad(logits[~exposed].sum(), weights, retain_graph=True))
+    for got, expected in zip(torch.autograd.grad(loss, weights), torch.autograd.grad(same, weights), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_heads_that_name_one_encoder_share_it_and_heads_that_name_two_do_not(run):
     features = "heads.pre_ranking.features=[user_id, gender, {}, item_id]"
     liked = (

@@ -289,6 +289,10 @@ def test_which_head_has_to_score_what():
         "pre_ranking": {"random", "ranked", "positive"},
         "ranking": {"exposed", "random"},
     }
+    assert head_spaces(objectives, ["pre_ranking", "ranking"], learning=True) == {
+        "pre_ranking": {"random", "ranked", "positive"},
+        "ranking": {"exposed"},  # random ones it scores for its student
+    }
 
 
 def test_the_loss_is_the_weighted_sum_of_the_means_over_units(configure, group, assemble):
