@@ -17,6 +17,7 @@ BENCHMARKS: dict[str, tuple[str, list[str]]] = {
     "growth": ("time and memory of a step against seven sizes, with exponents", []),
     "losses": ("every loss beside its plain form", []),
     "metrics": ("every metric beside a sort", []),
+    "own_log": ("reading a user's own log", []),
     "peers": ("our trainer beside a bare TorchRec loop and other libraries on the same rows", [f"{HOME}/peers"]),
     "ranks": ("two ranks beside two runs of one", []),
     "recflow": ("reading days in RecFlow's layout", []),
