@@ -1,6 +1,6 @@
 """How time and memory of a training step grow with seven sizes, one at a time.
 
-    python -m benchmarks.growth [--sizes candidates history …] [--picture docs/pictures/growth.png]
+    python -m benchmarks.growth [--sizes candidates history …] [--kept FILE] [--picture docs/pictures/growth.png]
 
 Three heads on a made-up log: a softmax over the corpus, binary losses, distillation and FS-LTR's pairs; the teacher
 attends from every candidate to every past item. Each point is a process of its own with one thread: the median of its
@@ -36,7 +36,7 @@ from joint.schema import Feature, History, Schema, Stage
 BASE = {"requests": 4096, "batch": 64, "candidates": 50, "history": 50, "corpus": 10_000, "rows": 100_000, "tasks": 2}
 SIZES: dict[str, list[int]] = {
     "requests": [1024, 4096, 16_384, 65_536],
-    "batch": [16, 64, 256, 1024],
+    "batch": [16, 64, 256, 1024, 2048],
     "candidates": [10, 25, 50, 100, 200, 400],
     "history": [10, 30, 100, 300, 1000],
     "corpus": [1000, 10_000, 100_000, 1_000_000],
@@ -160,6 +160,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", choices=SIZES, default=[*SIZES])
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--most", type=float, default=float("inf"), help="leave out larger sizes")
+    parser.add_argument("--kept", type=Path, help="a JSON file of points: those in it are not measured again")
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -167,10 +168,16 @@ def main() -> None:
         print(json.dumps(point(asked.point, asked.steps)))
         return
     sizes = {name: [size for size in SIZES[name] if size <= asked.most] for name in asked.sizes}
+    kept = json.loads(asked.kept.read_text()) if asked.kept and asked.kept.exists() else {}
     found = {}
     print("| size | values | ms a step | exponent | peak MB | exponent |\n|---|---|---|---|---|---|")
     for name, values in sizes.items():
-        found[name] = [measured(BASE | {name: value}, asked.steps) for value in values]
+        for value in values:
+            point_name = f"{name} {value}"
+            kept[point_name] = kept.get(point_name) or measured(BASE | {name: value}, asked.steps)
+            if asked.kept:
+                asked.kept.write_text(json.dumps(kept, indent=1))
+        found[name] = [kept[f"{name} {value}"] for value in values]
         ms, mb = ([of[key] for of in found[name]] for key in ("ms", "mb"))
         cells = [" · ".join(f"{value:,.0f}" for value in of) for of in (values, ms, mb)]
         slopes = [f"{exponent(values, of):.2f}" for of in (ms, mb)]
