@@ -173,8 +173,8 @@ def main() -> None:
     print("| size | values | ms a step | exponent | peak MB | exponent |\n|---|---|---|---|---|---|")
     for name, values in sizes.items():
         for value in values:
-            point_name = f"{name} {value}"
-            kept[point_name] = kept.get(point_name) or measured(BASE | {name: value}, asked.steps)
+            if (key := f"{name} {value}") not in kept:
+                kept[key] = measured(BASE | {name: value}, asked.steps)
             if asked.kept:
                 asked.kept.write_text(json.dumps(kept, indent=1))
         found[name] = [kept[f"{name} {value}"] for value in values]

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import apart, growth, run
+from benchmarks import apart, growth, own_log, run
 from joint.config import load_config
 from joint.experiment import heads_of
 from joint.reporting import Reporter
+from joint.schema import SPLITS, read_schema
 
 
 def test_every_name_is_a_module_that_is_listed(capsys):
@@ -54,13 +55,38 @@ def test_growth_draws(tmp_path):
     assert (tmp_path / "growth.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("head", [*apart.HEADS])
-def test_apart_trains_one_head_with_its_own_objectives(head):
-    config, _ = load_config(Path("configs/joint.yaml"), apart.alone(head))
-    assert [*heads_of(config)] == [head]
-    assert {*config.objectives} == {*apart.HEADS[head]}
+OWN = {
+    "retrieval": ({"retrieve", "masked"}, {"exposed"}),
+    "pre_ranking": ({"student", "negatives", "order"}, {"exposed", "ranked", "coarse_neg", "prerank_neg", "random"}),
+    "ranking": ({"teacher"}, {"exposed", "random"}),
+}
+
+
+@pytest.mark.parametrize("head", [*OWN])
+def test_apart_trains_one_head_with_its_own_objectives_and_candidates(head):
     whole, _ = load_config(Path("configs/joint.yaml"), [])
-    assert {*whole.objectives} == {*apart.ALL}
+    config, _ = load_config(Path("configs/joint.yaml"), apart.alone(whole, head))
+    assert [*heads_of(config)] == [head]
+    drawn = {name for name, quota in config.data.candidates.items() if quota}
+    assert ({*config.objectives}, drawn) == OWN[head]
+
+
+def test_apart_a_student_is_taught_by_what_was_written(tmp_path):
+    whole, _ = load_config(Path("configs/joint.yaml"), [])
+    config, _ = load_config(Path("configs/joint.yaml"), apart.taught_by(whole, tmp_path))
+    assert [*heads_of(config)] == ["pre_ranking"]
+    assert {*config.objectives} == {"student", "distill", "negatives", "order"}
+    assert config.objectives["distill"].teacher == "logged"
+    assert config.tasks["like"].score == "ranking.like"
+
+
+def test_an_own_log_is_read(tmp_path, capsys):
+    (tmp_path / "map.yaml").write_text(own_log.MAP)
+    own_log.make_log(tmp_path / "log.parquet", 3000)
+    own_log.child(tmp_path)
+    assert json.loads(capsys.readouterr().out)["seconds"] > 0
+    schema = read_schema(tmp_path / "dataset")
+    assert sum(schema.requests(split) for split in SPLITS) == 300
 
 
 @pytest.mark.slow
