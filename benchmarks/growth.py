@@ -44,6 +44,7 @@ SIZES: dict[str, list[int]] = {
     "tasks": [1, 2, 4, 8],
 }
 EXPOSED = 5
+ROWS = (("ms", "ms a step", (30, 100, 300, 1000)), ("mb", "peak MB", (500, 1000, 2000, 5000)))  # of the picture
 CONFIG = """
 run: {name: growth}
 data: {candidates: {exposed: all, ranked: all}}
@@ -142,11 +143,15 @@ def draw(found: Mapping[str, list[dict[str, float]]], sizes: Mapping[str, list[i
 
     figure, axes = pyplot.subplots(2, len(found), figsize=(2.6 * len(found), 5), squeeze=False, sharey="row")
     for column, (name, points) in enumerate(found.items()):
-        for row, (key, label) in enumerate((("ms", "ms a step"), ("mb", "peak MB"))):
+        for row, (key, label, ticks) in enumerate(ROWS):
             values, axis = [of[key] for of in points], axes[row, column]
             axis.loglog(sizes[name], values, "o-", color=BLUE)
             axis.set_title(f"{name}: {exponent(sizes[name], values):.2f}", fontsize=10)
             axis.grid(alpha=0.3)
+            ends = sizes[name][0], sizes[name][-1]
+            axis.set_xticks(ends, [f"{size:,}" for size in ends])
+            axis.set_yticks(ticks, [f"{value:,}" for value in ticks])
+            axis.minorticks_off()
             if not column:
                 axis.set_ylabel(label)
     figure.tight_layout()
