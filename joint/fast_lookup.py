@@ -36,7 +36,7 @@ from towers.embeddings import Averaged, SharedEmbeddings, segment_mean
 
 TESTED = {"fbgemm-gpu-cpu": "1.8.0", "torchrec": "1.8.0"}
 BAGS = 512  # bags of a run: many, as a run costs the kernel some microseconds, and few, as the last run is filled up
-SLOW_SHARE = 4  # the plain kernel pays for every different row: below a quarter of the ids it is the faster one
+SLOW_SHARE = 12  # the plain kernel pays for every different row: below a twelfth of the ids it is the faster one
 
 
 def use_fast_lookup(model: nn.Module) -> str:
