@@ -14,8 +14,8 @@ from joint.experiment import Config
 CONFIGS = Path("configs/papers")
 FEATURES = (
     *("weekday", "hour", "minute", "user_id", "device_id", "age", "gender", "province", "viewed"),
-    *("upload_weekday", "upload_hour", "upload_minute"),
     *("video_id", "author_id", "category_level_two", "category_level_one", "upload_type"),
+    *("upload_weekday", "upload_hour", "upload_minute"),
 )
 # the variant fs_ltr of configs/ablations/recflow_table5.yaml
 FS_LTR = (

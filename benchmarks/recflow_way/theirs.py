@@ -30,9 +30,17 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.recflow_way.log import HISTORY, PAST, Files
 
 WIDTH = 8
-USER = ("weekday", "hour", "minute", "user_id", "device_id", "gender", "age", "province")
+USER = ("weekday", "hour", "minute", "user_id", "device_id", "age", "gender", "province")
 ITEM = (*PAST, "weekday", "hour", "minute")
-SLOTS = {"click": 6, "realshow": 6, "rerank_pos": 10, "rerank_neg": 10, "rank_pos": 10, "rank_neg": 10, "coarse_neg": 10}
+SLOTS = {
+    "click": 6,
+    "realshow": 6,
+    "rerank_pos": 10,
+    "rerank_neg": 10,
+    "rank_pos": 10,
+    "rank_neg": 10,
+    "coarse_neg": 10,
+}
 PRIORITY = {"click": 6, "realshow": 5, "rerank_pos": 4, "rank_pos": 4, "rerank_neg": 3, "rank_neg": 3, "coarse_neg": 2}
 FILLED = {0: 0, 1: 1, 2: 3, 3: 6, 4: 4}  # place of an id among ITEM -> column of a stage sample
 Values = tuple[int | np.generic | np.ndarray, ...]
@@ -163,7 +171,7 @@ class Din(_Tables):
         scores = self.attention(torch.cat([history, target], dim=2)).transpose(1, 2)
         scores = torch.where((mask != 0).unsqueeze(1), scores, torch.full_like(scores, -(2.0**30)))
         interest = torch.bmm(softmax(scores, dim=2), history).squeeze(1)
-        return self.mlp(torch.cat([self.rows(USER, request), interest, video], dim=1)).squeeze(1)
+        return self.mlp(torch.cat([self.rows(USER, request), video, interest], dim=1)).squeeze(1)
 
 
 def on_exposures(model: nn.Module, inputs: Sequence[Tensor], label: Tensor) -> Tensor:
@@ -191,7 +199,9 @@ def train(
     for step, values in enumerate(itertools.islice(loader, warm_up + steps)):
         if step == warm_up:
             began = time.process_time()
-        *inputs, target = [value.clone() if value.is_floating_point() else value.to(torch.long, copy=True) for value in values]
+        *inputs, target = [
+            value.clone() if value.is_floating_point() else value.to(torch.long, copy=True) for value in values
+        ]
         loss = loss_of(model, inputs, target)
         optimizer.zero_grad()
         loss.backward()
