@@ -53,7 +53,7 @@ def _clock(seconds: int) -> tuple[int, int, int]:
 
 def _user(row: np.ndarray) -> Values:
     user, device, age, gender, province = row[1] + 1, row[3] + 1, row[4] + 1, row[5] + 1, row[6] + 1
-    return *_clock(row[2] // 1000), user, device, gender, age, province
+    return *_clock(row[2] // 1000), user, device, age, gender, province
 
 
 def _past(sequences: Mapping[int, np.ndarray], request: int) -> Values:

@@ -23,11 +23,11 @@ from joint.task import build_task
 
 @pytest.fixture(scope="module")
 def day(tmp_path_factory):
-    """64 requests on 500 videos, as both sides read them; local time is China's."""
+    """400 requests of 10 users on 500 videos, as both sides read them; local time is China's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TZ", "CST-8")
         time.tzset()
-        yield prepared(tmp_path_factory.mktemp("way"), videos=500, requests=64)
+        yield prepared(tmp_path_factory.mktemp("way"), videos=500, requests=400)
     time.tzset()
 
 
@@ -59,7 +59,7 @@ def _copy(ours, model):
 @pytest.mark.parametrize(("name", "kind"), [("DSSM", theirs.Dssm), ("DIN", theirs.Din)])
 def test_same_rows_and_weights_give_the_same_logits(day, tmp_path, name, kind):
     dataset, files = day
-    config = our_config(name, dataset.directory, tmp_path, requests=512)  # all in one batch
+    config = our_config(name, dataset.directory, tmp_path, requests=4096)  # all in one batch
     plan, model = Plan(config, dataset.schema), kind(sizes_of(dataset)).eval()
     with process_group() as device:
         batch = next(Loader(Assembler(plan, dataset), rank=0, world_size=1)._batches(Position()))
@@ -71,7 +71,7 @@ def test_same_rows_and_weights_give_the_same_logits(day, tmp_path, name, kind):
     video = (dataset.catalogue["video_id"][batch.item.numpy()] - 1).tolist()
     ours = dict(zip(zip(batch.request_id[batch.row].tolist(), video, strict=True), found, strict=True))
     rows = theirs.Exposures(files)
-    assert len(ours) == len(rows) > 100
+    assert len(ours) == len(rows) > 1000
     *inputs, labels = torch.utils.data.default_collate([rows[i] for i in range(len(rows))])
     with torch.no_grad():
         logits = model(*[value.long() for value in inputs]).tolist()
