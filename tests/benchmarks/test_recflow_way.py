@@ -37,6 +37,7 @@ def _copy(ours, model):
         tables = kernel._config.embedding_tables
         for table, rows in zip(tables, kernel.emb_module.split_embedding_weights(), strict=True):
             model.tables[table.name].weight.data.copy_(rows)
+            model.tables[table.name].weight.data[0] = 0  # their padding
     head = next(iter(ours.module.dense.model.heads.values()))
     pairs = (
         [(model.user, head.user), (model.item, head.item)] if isinstance(model, theirs.Dssm) else [(model.mlp, head)]
