@@ -258,14 +258,13 @@ class TargetAttentionEncoder(nn.Module):
 
     def _scores(self, short: Tensor, long: Tensor, on_short: Tensor, on_long: Tensor, *product: Tensor) -> Tensor:
         """`[R, A, B]`: `a` of all pairs of `short [R, A, D]` and `long [R, B, D]`."""
-        of_short = functional.linear(short, on_short, self.first.bias)  # [R, A, H]
         if not product:
-            of_pair = of_short.unsqueeze(2) + functional.linear(long, on_long).unsqueeze(1)
-            return self.rest[1:](of_pair.relu_()).squeeze(3)
-        bias = of_short.mT
+            of_short, of_long = functional.linear(short, on_short, self.first.bias), functional.linear(long, on_long)
+            return self.rest[1:]((of_short.unsqueeze(2) + of_long.unsqueeze(1)).relu_()).squeeze(3)
         # Expanded first, backward sums over A and R in turn, many times faster on a CPU than over both at once.
         wide, crossing = (w.unsqueeze(1).expand(short.shape[0], -1, -1, -1) for w in (on_long, *product))
         layer = torch.addcmul(wide, crossing, short.unsqueeze(1))  # [R, H, A, D]
+        bias = functional.linear(short, on_short, self.first.bias).mT  # [R, H, A]
         x = torch.baddbmm(bias.flatten(1).unsqueeze(2), layer.flatten(1, 2), long.mT).relu_()
         x = x.unflatten(1, bias.shape[1:]).flatten(2)  # [R, H, A·B]: the other layers see H as channels
         for step in self.rest[1:].modules():
