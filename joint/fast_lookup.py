@@ -22,7 +22,7 @@ from functools import partial
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType as OptimType
-from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode, PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -36,7 +36,7 @@ from towers.embeddings import Averaged, SharedEmbeddings, segment_mean
 
 TESTED = {"fbgemm-gpu-cpu": "1.8.0", "torchrec": "1.8.0"}
 BAGS = 512  # bags of a run: many, as a run costs the kernel some microseconds, and few, as the last run is filled up
-SLOW_SHARE = 4  # the plain kernel pays for every different row: below a quarter of the ids it is the faster one
+SLOW_SHARE = 12  # the plain kernel pays for every different row: below a twelfth of the ids it is the faster one
 
 
 def use_fast_lookup(model: nn.Module) -> str:
@@ -132,6 +132,7 @@ def _pooled(tables: SplitTableBatchedEmbeddingBagsCodegen, runs: list[int]) -> S
     pooled = copy.copy(tables)
     pooled._buffers = dict(tables._buffers)
     pooled.pooling_mode = PoolingMode.SUM
+    pooled.bounds_check_mode_int = BoundsCheckMode.NONE.value  # the loader has mapped every id to a row of its table
     pooled.total_D = len(first) * tables.max_D
     pooled.D_offsets = torch.arange(len(first) + 1, dtype=torch.int32) * tables.max_D
     pooled.hash_size_cumsum = torch.cat([tables.hash_size_cumsum[first], tables.hash_size_cumsum[-1:]])

@@ -194,6 +194,7 @@ def table_rows(ids: np.ndarray, rows: int) -> tuple[np.ndarray, int]:
 
     Returns the rows (int64, the shape of `ids`) and how many ids were mapped away.
     """
+    if not len(ids) or (ids.min() >= 0 and ids.max() < rows):
+        return ids.astype(np.int64, copy=False), 0
     outside = (ids < 0) | (ids >= rows)
-    missed = int(outside.sum())
-    return (np.where(outside, 0, ids) if missed else ids).astype(np.int64, copy=False), missed
+    return np.where(outside, 0, ids).astype(np.int64, copy=False), int(outside.sum())

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from joint.batch import Batch
-from joint.distributed import gather_objects, new_host_group, rank
+from joint.distributed import gather_objects, new_host_group, rank, world_size
 from joint.errors import UserError, first_line
 
 
@@ -53,7 +53,8 @@ class Together(Iterator[Batch]):
             failure = error
         self.seconds += time.perf_counter() - began
         flags = torch.tensor([failure is not None, self.asked()], dtype=torch.int32)
-        dist.all_reduce(flags, group=self.hosts)
+        if world_size() > 1:
+            dist.all_reduce(flags, group=self.hosts)
         if flags[0]:
             self._fail(failure)
         self.stopping = bool(flags[1])

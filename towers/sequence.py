@@ -186,7 +186,8 @@ class SelfAttentionEncoder(nn.Module):
 class TargetAttentionEncoder(nn.Module):
     """`Σ_j a([e_j; t; e_j - t; e_j ⊙ t]) e_j` over the history of the candidate's request.
 
-    Or, if not `crossed`, `a([e_j; t])`: the last two parts of what follows are not there.
+    Or, if not `crossed`, `a([e_j; t])`: without the last two parts, and a pair's first layer is the sum of two vectors,
+    one of the event and one of the candidate.
 
     The first layer of `a`, `W_e e + W_t t + W_d (e - t) + W_p (e ⊙ t) + b`, is linear in the event for a given
     candidate, `(W_e + W_d + W_p diag(t)) e + (W_t - W_d) t + b`, and likewise in the candidate for a given event.
@@ -212,8 +213,10 @@ class TargetAttentionEncoder(nn.Module):
         valid = _age(lengths, history.shape[1]) >= 0
         history = history.masked_fill(~valid.unsqueeze(2), 0.0)
         event, candidate, *crossed = self.first.weight.chunk(self.parts, dim=1)
-        difference, product = crossed or [torch.zeros_like(event)] * 2
-        weights = (event + difference, candidate - difference, product)
+        weights: tuple[Tensor, ...] = event, candidate
+        if crossed:
+            difference, product = crossed
+            weights = event + difference, candidate - difference, product
         # An exported graph has no loop over a dynamic N: there each candidate is a request of its own.
         if torch.compiler.is_exporting() or target.shape[0] == 0:
             return self._attend(target.unsqueeze(1), history[row], valid[row], *weights).squeeze(1)
@@ -242,22 +245,25 @@ class TargetAttentionEncoder(nn.Module):
         return torch.cat(out).index_select(0, place)
 
     def _attend(
-        self, target: Tensor, history: Tensor, valid: Tensor, event: Tensor, candidate: Tensor, product: Tensor
+        self, target: Tensor, history: Tensor, valid: Tensor, event: Tensor, candidate: Tensor, *product: Tensor
     ) -> Tensor:
         """`[R, K, D]`: attention of `target [R, K, D]`, K candidates a request."""
         if target.shape[1] <= history.shape[1]:
-            scores = self._scores(target, history, candidate, event, product)
+            scores = self._scores(target, history, candidate, event, *product)
         else:
-            scores = self._scores(history, target, event, candidate, product).mT
+            scores = self._scores(history, target, event, candidate, *product).mT
         if self.softmax:
             scores = scores.masked_fill(~valid.unsqueeze(1), torch.finfo(scores.dtype).min).softmax(dim=2)
         return torch.bmm(scores, history)  # the events of padding are zeros
 
-    def _scores(self, short: Tensor, long: Tensor, on_short: Tensor, on_long: Tensor, product: Tensor) -> Tensor:
+    def _scores(self, short: Tensor, long: Tensor, on_short: Tensor, on_long: Tensor, *product: Tensor) -> Tensor:
         """`[R, A, B]`: `a` of all pairs of `short [R, A, D]` and `long [R, B, D]`."""
+        if not product:
+            of_short, of_long = functional.linear(short, on_short, self.first.bias), functional.linear(long, on_long)
+            return self.rest[1:]((of_short.unsqueeze(2) + of_long.unsqueeze(1)).relu_()).squeeze(3)
         # Expanded first, backward sums over A and R in turn, many times faster on a CPU than over both at once.
-        on_long, product = (w.unsqueeze(1).expand(short.shape[0], -1, -1, -1) for w in (on_long, product))
-        layer = torch.addcmul(on_long, product, short.unsqueeze(1))  # [R, H, A, D]
+        wide, crossing = (w.unsqueeze(1).expand(short.shape[0], -1, -1, -1) for w in (on_long, *product))
+        layer = torch.addcmul(wide, crossing, short.unsqueeze(1))  # [R, H, A, D]
         bias = functional.linear(short, on_short, self.first.bias).mT  # [R, H, A]
         x = torch.baddbmm(bias.flatten(1).unsqueeze(2), layer.flatten(1, 2), long.mT).relu_()
         x = x.unflatten(1, bias.shape[1:]).flatten(2)  # [R, H, A·B]: the other layers see H as channels

@@ -53,7 +53,7 @@ class Columns:
             return _flatten(items, self.catalogue[name])
         column = self.catalogue[name]
         assert isinstance(column, np.ndarray)
-        return items.with_values(np.where(items.values >= 0, column[items.values], 0)), None
+        return items.with_values(_known(column, items.values)), None
 
     def numbers(self, key: Key) -> np.ndarray:
         """The key's numbers, float32 [rows, columns of the feature]."""
@@ -100,6 +100,12 @@ class Columns:
 def width_of(feature: Feature) -> int:
     """Columns of a float or vector feature."""
     return 1 if feature.kind == "float" else feature.size
+
+
+def _known(column: np.ndarray, items: np.ndarray) -> np.ndarray:
+    """What a column holds for items, 0 for those that are -1."""
+    found = column.take(items)  # in half the time of `column[items]`
+    return np.where(items >= 0, found, 0) if items.min(initial=0) < 0 else found
 
 
 def _rows(column: Column, width: int) -> np.ndarray:

@@ -62,7 +62,10 @@ def sample_stages(logged: Candidates, quotas: Mapping[str, Quota], keys: np.ndar
             continue
         flags = STAGES[name]
         member = exposed if flags == Stage.EXPOSED else ((logged.stages & int(flags)) != 0) & ~exposed
-        kept |= member if quota == "all" else _first(member, rows, draw(keys[rows], int(flags), place), quota)
+        if quota == "all" or np.bincount(rows[member], minlength=1).max() <= quota:  # nothing to draw
+            kept |= member
+        else:
+            kept |= _first(member, rows, draw(keys[rows], int(flags), place), quota)
     return logged.keep(kept)
 
 
