@@ -53,9 +53,10 @@ def main() -> None:
         peers = [peer for peer in MODELS[model] if peer in asked.peers]
         runs = [(peer, bf16) for peer in peers for bf16 in ((False, True) if peer in REDUCED else (False,))]
         found: dict[tuple[str, bool], list[dict[str, float]]] = {key: [] for key in runs}
-        for _ in range(asked.rounds):
+        for seed in range(asked.rounds):
             for peer, bf16 in runs:
-                more = ["--model", model, "--batch", str(asked.batch), *(["--bf16"] if bf16 else [])]
+                sizes = ["--batch", str(asked.batch), "--seed", str(seed)]
+                more = ["--model", model, *sizes, *(["--bf16"] if bf16 else [])]
                 found[peer, bf16].append(run(asked.folder, peer, more))
         print(f"\n| {model} | rows/s | rows/s of processor time | to ours | AUC | peak MB |\n|---|---|---|---|---|---|")
         ours = rate(found["ours", False], "processor") if ("ours", False) in found else float("nan")
