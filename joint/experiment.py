@@ -215,8 +215,8 @@ class Optimizer:
 class Train:
     """How often a run speaks and saves, in steps, and looks at its validation part, in epochs (0: never).
 
-    `precision` is that of the matrix products in training, in encoders, heads and losses; tables, logits, sums of losses
-    and evaluation are float32. `fast_lookup` changes no number, only time, on CPU (`joint.fast_lookup`). `threads` may change the last
+    `precision` is that of the matrix products of encoders and heads in training; tables, logits, losses and evaluation
+    are float32. `fast_lookup` changes no number, only time, on CPU (`joint.fast_lookup`). `threads` may change the last
     digits, since sums are cut elsewhere: so it is said here, and OMP_NUM_THREADS of the environment is not asked.
     """
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -31,20 +29,6 @@ class StepOutput:
     losses: dict[str, Tensor]  # objective -> its mean over the units of all ranks, detached; `total` is their sum
 
 
-@contextmanager
-def _products(*, reduced: bool) -> Iterator[None]:
-    """Products of float32 matrices as they are, or of factors rounded to bfloat16, their sums in float32.
-
-    That is what autocast would not do, whose sums end in bfloat16: a softmax over items needs its logits finer.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if reduced else before)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 class Dense(nn.Module):
     """Everything after the look-up. It holds no table, so a tracer takes it as one leaf."""
 
@@ -61,8 +45,7 @@ class Dense(nn.Module):
             outputs = self.model(rows_of(looked_up, batch.inner), batch)
         if not self.training:
             return batch.labels.new_zeros(()), StepOutput(batch, outputs, {})
-        with _products(reduced=self.reduced):
-            loss, values = self._loss(outputs, batch)
+        loss, values = self._loss(outputs, batch)
         return loss, StepOutput(batch, outputs, values)
 
     def _loss(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

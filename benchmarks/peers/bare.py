@@ -41,7 +41,7 @@ class Grouped(nn.Module):
         self.bias = nn.Parameter(torch.empty(groups, 1, out).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias, x, self.weight)
+        return torch.baddbmm(self.bias, x.contiguous(), self.weight)  # in bfloat16 a view's backward is slow
 
 
 class Mmoe(nn.Module):
