@@ -2,19 +2,21 @@
 
     python -m benchmarks.step CONFIG [key=value ...] [--steps 30]
 
-One rank, one thread, medians over the steps; shares are of processor time, which other processes disturb least. The
-parts are those of a step taken apart, on batches held in memory; what is inside of another part counts there only.
-FBGEMM updates the tables within the look-up's backward. Below stands what the trainer does a second, all included
-(its loader's thread too), beside forward and backward alone on the batches in memory.
+One rank, one thread; shares are of processor time, which other processes disturb least. The parts are medians of a step
+taken apart, on batches held in memory; what is inside of another part counts there only.
+
+Below stands what the trainer does a second, all included (its loader's thread, log and metrics too), beside forward and
+backward alone: after each of the trainer's steps the same model does them again on the same batch, now in memory, so
+that both meet the same machine. FBGEMM updates the tables within the look-up's backward, so that is in both; zeroing
+gradients and the dense optimizer are the trainer's alone. Last what the loader gives a second, for nobody.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -36,8 +38,9 @@ from joint.experiment import Config
 from joint.fast_lookup import use_fast_lookup
 from joint.features import Plan
 from joint.optimizers import build_optimizer, set_learning_rates
+from joint.pipeline import PlainPipeline
 from joint.reporting import Reporter
-from joint.task import build_task
+from joint.task import StepOutput, build_task
 from towers.embeddings import Averaged, rows_of
 from towers.mixtures import set_step
 
@@ -80,8 +83,8 @@ class Clock:
         }
 
 
-def _now() -> torch.Tensor:
-    return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
+def _now(processor: Callable[[], float] = time.process_time) -> torch.Tensor:
+    return torch.tensor([time.perf_counter(), processor()], dtype=torch.float64)
 
 
 class EnoughError(Exception):
@@ -108,29 +111,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if config.train.fast_lookup:
                 use_fast_lookup(model)
             model.train()
-            alone = forward_and_backward(model, optimizer, batches, parsed.steps)
             clock = taken_apart(model, optimizer, config, batches, parsed.steps)
         show(clock.medians())
-        between, _, waited = trainer(config, dataset, parsed.steps)
-        whole = between.median(0).values
-    candidates = statistics.mean(len(batch.item) for batch in batches)
-    print(f"\n{'candidates a second of':28}{'wall':>9}{'processor':>14}")
-    for name, seconds in (("the trainer", whole), ("forward and backward alone", alone)):
-        print(f"{name:28}{candidates / seconds[0]:9.0f}{candidates / seconds[1]:14.0f}")
-    print(f"{'ratio':28}{alone[0] / whole[0]:9.2f}{alone[1] / whole[1]:14.2f}")
-    print(f"the trainer waited for data {waited:.1%} of the time")
-
-
-def forward_and_backward(model: nn.Module, optimizer: Any, batches: Sequence[Batch], steps: int) -> torch.Tensor:
-    """Median wall and processor seconds of a step without data, reports and dense optimizer."""
-    seconds = []
-    for step in range(WARM_UP + steps):
-        set_step(model, step)
-        optimizer.zero_grad()
-        began = _now()
-        model(batches[step % len(batches)])[0].backward()
-        seconds.append(_now() - began)
-    return torch.stack(seconds[WARM_UP:]).median(0).values
+        rates = beside(config, dataset, parsed.steps) | {"the loader alone": loading(plan, dataset, parsed.steps)}
+    print(f"\n{'candidates a second of':28}{'wall':>9}{'processor':>14}{'to the trainer':>18}")
+    for name, rate in rates.items():
+        print(f"{name:28}{rate[0]:9.0f}{rate[1]:14.0f}{rate[1] / rates['the trainer'][1]:18.2f}")
 
 
 def taken_apart(model: nn.Module, optimizer: Any, config: Config, batches: Sequence[Batch], steps: int) -> Clock:
@@ -172,6 +158,25 @@ def show(parts: Mapping[str, Sequence[float]]) -> None:
         print(f"{name:28}{wall:9.1f}{processor:14.1f}{processor / whole:8.1%}")
 
 
+def beside(config: Config, dataset: Dataset, steps: int) -> dict[str, torch.Tensor]:
+    """Candidates a second (of wall and of processor time) of the trainer, and of forward and backward alone."""
+    alone = []
+
+    class Twice(PlainPipeline):
+        def progress(self, batches: Iterator[Batch]) -> StepOutput:
+            output = super().progress(batches)
+            self.optimizer.zero_grad()
+            began = _now(time.thread_time)  # what the loader's thread does meanwhile it does for the trainer
+            self.model(output.batch)[0].backward()
+            alone.append(_now(time.thread_time) - began)
+            return output
+
+    joint.training.build_pipeline = lambda model, optimizer, _: Twice(model, optimizer)
+    between, counts, _ = trainer(config, dataset, steps)
+    again = torch.stack(alone[WARM_UP + 1 :]).sum(0)
+    return {"the trainer": sum(counts) / (between.sum(0) - again), "forward and backward alone": sum(counts) / again}
+
+
 def trainer(config: Config, dataset: Dataset, steps: int) -> tuple[torch.Tensor, list[int], float]:
     """Of the trainer itself: wall and processor seconds from step to step `[steps, 2]`, the candidates of each step,
     and the share of the time that it waited for data."""
@@ -194,6 +199,14 @@ def trainer(config: Config, dataset: Dataset, steps: int) -> tuple[torch.Tensor,
         joint.training.train(config, dataset)
     between = torch.stack(ends).diff(dim=0)[WARM_UP:]
     return between, counts[WARM_UP + 1 :], sum(waits[WARM_UP + 1 :]) / float(between[:, 0].sum())
+
+
+def loading(plan: Plan, dataset: Dataset, steps: int) -> torch.Tensor:
+    """Candidates a second that the loader gives, from a day's start on."""
+    batches = Loader(Assembler(plan, dataset), rank=0, world_size=1)._batches(Position())
+    began = _now()
+    done = sum(len(batch.item) for batch in islice(batches, steps))
+    return done / (_now() - began)
 
 
 if __name__ == "__main__":

@@ -54,13 +54,14 @@ def _of_objective(
         column = list(config.tasks).index(task)
         for of in group.unique().tolist():
             known = batch.observed[:, column] & computed & (group == of)
-            yield from _mean(f"base_rate/{task}/{of}", batch.positive[:, column].float(), known)
+            yield from _mean(f"base_rate/{task}/{of}", batch.positive[known, column].float())
             mine = (pairs.task == index) & (group[pairs.negative] == of)
             for stage, of_stage in stages.items():
+                chosen = (mine & of_stage).nonzero().flatten()
                 for part, values in parts.items():
-                    yield from _mean(f"{stage}/{task}/{of}{part}", values, mine & of_stage)
+                    yield from _mean(f"{stage}/{task}/{of}{part}", values[chosen])
 
 
-def _mean(name: str, values: Tensor, chosen: Tensor) -> Iterator[tuple[str, float]]:
-    if chosen.any():
-        yield f"negative_weights/{name}", float(values[chosen].mean())
+def _mean(name: str, values: Tensor) -> Iterator[tuple[str, float]]:
+    if len(values):
+        yield f"negative_weights/{name}", float(values.mean())

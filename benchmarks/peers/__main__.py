@@ -1,11 +1,11 @@
 """Rows a second of peers, a bare TorchRec loop and our trainer on the same rows and model sizes.
 
-    python -m benchmarks.peers FOLDER [--peers ours bare rechub deepctr fuxi] [--models mmoe dssm] [--rounds 5]
+    python -m benchmarks.peers FOLDER [--peers ours bare rechub deepctr fuxi recbole] [--models mmoe dssm] [--rounds 5]
 
 FOLDER keeps the rows and an environment for each peer, made by pip where it is not there yet. Every run is a process
-of its own with one thread; they take turns, so that what else the machine does falls on all alike; medians. A run's
-time is that of its training loop over its own loader, imports and evaluation left out; AUC is that of clicks of the
-test rows.
+of its own with one thread; they take turns, so that what else the machine does falls on all alike; medians over the
+rounds, each of another seed. A run's time is that of its training loop over its own loader, imports and evaluation left
+out; AUC is that of clicks of the test rows.
 """
 
 from __future__ import annotations
@@ -27,12 +27,26 @@ PACKAGES = {  # what the environment of a peer has; that of this process has our
     "rechub": [*BASE, "torch-rechub==0.9.0"],
     "deepctr": [*BASE, "deepctr-torch==0.3.0", "requests"],  # which it imports and does not ask for
     "fuxi": [*BASE, "fuxictr==2.3.10"],
+    # Without these bounds a fresh install of it does not start.
+    "recbole": [
+        "torch==2.13.0",
+        "recbole==1.2.1",
+        "numpy<2",
+        "pandas<2.3",
+        "scipy<1.14",
+        "pyarrow<20",
+        "setuptools<81",
+    ],
 }
 NAMES = {
     **{"ours": "joint.train", "bare": "a bare TorchRec loop", "rechub": "torch-rechub 0.9.0"},
     **{"deepctr": "deepctr-torch 0.3.0", "fuxi": "FuxiCTR 2.3.10 (MMoE written here)"},
+    "recbole": "RecBole 1.2.1 (DeepFM, one task; DSSM, pointwise)",
 }
-MODELS = {"mmoe": ["ours", "bare", "rechub", "deepctr", "fuxi"], "dssm": ["ours", "bare", "rechub"]}
+MODELS = {
+    "mmoe": ["ours", "bare", "rechub", "deepctr", "fuxi", "recbole"],
+    "dssm": ["ours", "bare", "rechub", "recbole"],
+}
 REDUCED = ("ours", "bare")  # who has bfloat16
 
 
@@ -53,9 +67,10 @@ def main() -> None:
         peers = [peer for peer in MODELS[model] if peer in asked.peers]
         runs = [(peer, bf16) for peer in peers for bf16 in ((False, True) if peer in REDUCED else (False,))]
         found: dict[tuple[str, bool], list[dict[str, float]]] = {key: [] for key in runs}
-        for _ in range(asked.rounds):
+        for seed in range(asked.rounds):
             for peer, bf16 in runs:
-                more = ["--model", model, "--batch", str(asked.batch), *(["--bf16"] if bf16 else [])]
+                sizes = ["--batch", str(asked.batch), "--seed", str(seed)]
+                more = ["--model", model, *sizes, *(["--bf16"] if bf16 else [])]
                 found[peer, bf16].append(run(asked.folder, peer, more))
         print(f"\n| {model} | rows/s | rows/s of processor time | to ours | AUC | peak MB |\n|---|---|---|---|---|---|")
         ours = rate(found["ours", False], "processor") if ("ours", False) in found else float("nan")

@@ -40,15 +40,17 @@ class Run:
     model: str
     batch: int
     bf16: bool
+    seed: int
 
 
 def asked(*models: str) -> Run:
-    """What the command line asks for: `DATA --model M --batch B [--bf16]`."""
+    """What the command line asks for: `DATA --model M --batch B --seed S [--bf16]`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", choices=models, required=True)
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
     return Run(**vars(parser.parse_args()))
 
 

@@ -31,7 +31,7 @@ MAP = {
     "request": "row",
     "time": {"column": "time", "unit": "s"},
     "labels": {name: name for name in LABELS},
-    "items": {"file": "items.parquet", "key": "item_id"},
+    "items": {"file": "items.parquet", "key": "item_id", "first_day": {"column": "since", "unit": "s"}},
     "group": {"column": "gender"},
     "features": {
         **{name: {"kind": "id"} for name in (*USER, *CONTEXT) if name != "user_id"},
@@ -52,7 +52,10 @@ def write(folder: Path, count: int, seed: int = 0) -> None:
         part = {name: values[first:last] for name, values in made.items()}
         time = DAYS[split] + np.arange(last - first) * 80_000 // (last - first)
         pq.write_table(_table({"row": np.arange(first, last), "time": time} | part), folder / f"{split}.parquet")
-    pq.write_table(_table({name: values[1:] for name, values in items.items()}), folder / "items.parquet")
+    # Peers have a row for every item of a history; ours has the catalogue's, which would lack what was never shown.
+    catalogue = {name: values[1:] for name, values in items.items()}
+    catalogue["since"] = np.full(ITEM["item_id"], DAYS["train"])
+    pq.write_table(_table(catalogue), folder / "items.parquet")
     (folder / "map.yaml").write_text(yaml.safe_dump(MAP))
     files = [folder / f"{split}.parquet" for split in DAYS]
     command = [

@@ -25,6 +25,7 @@ def main() -> None:
         tower_dnn_hidden_units=tuple(common.TOWER),
         l2_reg_embedding=0.0,
         init_std=common.STD,
+        seed=run.seed,
         task_types=["binary"] * len(LABELS),
         task_names=LABELS,
     )

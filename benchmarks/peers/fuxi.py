@@ -72,6 +72,7 @@ def main() -> None:
     """Train an epoch, then score the test rows."""
     run = common.asked("mmoe")
     torch.set_num_threads(1)
+    torch.manual_seed(run.seed)
     logging.disable(logging.INFO)
     with tempfile.TemporaryDirectory() as folder:
         features = features_of(folder)

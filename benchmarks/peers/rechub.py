@@ -20,7 +20,7 @@ def main() -> None:
     """Train an epoch, then score the test rows."""
     run = common.asked("mmoe", "dssm")
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    torch.manual_seed(run.seed)
     train, test = common.rows(run.data, "train"), common.rows(run.data, "test")
     samples = len(train["click"])
     if run.model == "dssm":

@@ -103,7 +103,7 @@ class Eligibility:
         """
         popular = None if uniform else self.popular
         taken, _ = side_by_side(self.taken(requests), Ragged(but.values.astype(np.int64), but.offsets))
-        taken_pairs = np.unique(taken.rows * self.items + taken.values)
+        taken_pairs = np.sort(taken.rows * self.items + taken.values)
         order, first_day = self._by_day
         available = np.searchsorted(first_day, requests.scalars("day"), side="right")
         rows = np.repeat(np.arange(len(keys)), quota)

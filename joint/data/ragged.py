@@ -21,7 +21,7 @@ class Ragged:
     @property
     def lengths(self) -> np.ndarray:
         """Length of every list, int64 [rows]."""
-        return np.diff(self.offsets)
+        return self.offsets[1:] - self.offsets[:-1]
 
     @property
     def rows(self) -> np.ndarray:
