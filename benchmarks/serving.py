@@ -29,10 +29,10 @@ from joint.data.planted.simulate import parameters_of, simulate
 from joint.data.pool import NO_POOL
 from joint.data.ragged import Ragged
 from joint.data.sampling import unlabelled
+from joint.evaluating.finished_run import open_model
 from joint.exporting.build import Choices, export_run
 from joint.exporting.golden import synthetic_requests
 from joint.exporting.more_items import add_items
-from joint.measure import open_model
 from joint.serving import Recommender
 from joint.serving.inputs import request_inputs
 from joint.training import train

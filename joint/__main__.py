@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 
 from joint.commands import run_command
-from joint.sources import near_miss
+from joint.configuring.sources import near_miss
 from joint.versions import versions_text
 
 COMMANDS = {

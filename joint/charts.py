@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from joint.alignment import STUDENTS
 from joint.data.planted.truth import LIST
+from joint.evaluating.alignment import STUDENTS
 from joint.experiment import Config, heads_of
 from joint.objectives import AdaptiveContrastive
 from joint.schema import GROUPS, STAGES

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from torch import nn
 
-from joint import settings
 from joint.commands import run_command
+from joint.configuring import settings
+from joint.configuring.unread import UnreadError, as_far_as_read
 from joint.experiment import ALSO_CALLED, HEADS, Config, heads_of
 from joint.objectives import (
     AdaptiveContrastive,
@@ -29,7 +30,6 @@ from joint.objectives import (
     spaces_of,
 )
 from joint.schema import POOL_TOKENS, SPACE_TOKENS, STAGES
-from joint.unread import UnreadError, as_far_as_read
 from towers.mixtures import Snr
 from towers.pre_ranking import PreRanking
 from towers.ranking import Ranking

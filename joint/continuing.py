@@ -13,8 +13,9 @@ from pathlib import Path
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
-from joint import checkpoint, settings
+from joint import checkpoint
 from joint.checkpoint import Progress
+from joint.configuring import settings
 from joint.errors import CheckpointError
 from joint.experiment import Config
 from joint.run import MOST_SAID, RunDirectory

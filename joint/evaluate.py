@@ -26,8 +26,8 @@ def main() -> int:
         raise UserError("--by-group goes with --choose-fusion HEAD")
     check_versions()
     # Imported only now: with a wrong combination of versions this import fails, and less clearly.
-    from joint.choosing import choose_fusion
-    from joint.measure import evaluate_run
+    from joint.evaluating.choosing import choose_fusion
+    from joint.evaluating.finished_run import evaluate_run
 
     if arguments.choose_fusion:
         choose_fusion(

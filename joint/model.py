@@ -11,7 +11,7 @@ from joint.experiment import heads_of
 from joint.features import Plan
 from joint.keys import HeadSide
 from joint.outputs import HeadOutput, Outputs, Views
-from joint.pool import StreamingFrequency, corpus_pool, item_views, sampled_pool, uniform_items
+from joint.softmax_pool import StreamingFrequency, corpus_pool, item_views, sampled_pool, uniform_items
 from towers.mixtures import expected_l0, routing
 from towers.pre_ranking import PreRanking, build_pre_ranking
 from towers.ranking import Ranking, RankingHead

@@ -61,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--world-size and --ranks-per-machine are at least 1")
     check_versions()
     from joint.config import load_config
+    from joint.configuring.fit import check_against
     from joint.features import Plan
-    from joint.fit import check_against
     from joint.schema import read_schema
     from joint.summary import collision_lines
 

@@ -22,7 +22,7 @@ def main() -> int:
     arguments = parser.parse_args()
     check_versions()
     # Imported only now: with a wrong combination of versions this import fails, and less clearly.
-    from joint.prediction import predict
+    from joint.predicting.writing import predict
 
     predict(
         arguments.run,

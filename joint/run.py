@@ -21,9 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from joint import __version__, settings
+from joint import __version__
 from joint.checkpoint import steps
 from joint.config import load_config
+from joint.configuring import settings
 from joint.distributed import world_size
 from joint.errors import CheckpointError, ConfigError
 from joint.experiment import Config, Run

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 
 from torchrec.distributed import DistributedModelParallel
 
-from joint.alignment import STUDENTS
 from joint.checkpoint import Progress
 from joint.cost import Cost, funnel_costs
 from joint.data.dataset import Dataset
 from joint.data.loader import Loader
 from joint.data.planted.truth import LIST
 from joint.distributed import world_size
+from joint.evaluating.alignment import STUDENTS
 from joint.experiment import Config, heads_of
 from joint.features import Plan
 from joint.plan import size_text

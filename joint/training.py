@@ -21,12 +21,12 @@ from joint.data.loader import Loader
 from joint.data.order import Position
 from joint.data.planted.truth import FOLDER as TRUTH
 from joint.distributed import process_group, rank, sum_over_ranks, world_size
-from joint.evaluation import Measured, evaluator_of
+from joint.evaluating.evaluator import Measured, evaluator_of
+from joint.evaluating.finished_run import reference_of
+from joint.evaluating.negative_weights import negative_weights
 from joint.experiment import Config
 from joint.fast_lookup import use_fast_lookup
 from joint.features import Plan
-from joint.measure import reference_of
-from joint.negative_weights import negative_weights
 from joint.optimizers import build_optimizer, set_learning_rates
 from joint.pipeline import build_pipeline
 from joint.reporting import Reporter

@@ -13,7 +13,7 @@ import joint.training
 from benchmarks.peers import common
 from joint.config import load_config
 from joint.data.dataset import Dataset
-from joint.evaluation import Evaluator
+from joint.evaluating.evaluator import Evaluator
 from joint.reporting import Reporter
 
 HEAD = {"mmoe": "ranking", "dssm": "retrieval"}

@@ -6,12 +6,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from joint import settings
 from joint.comparison.ablation import METRICS, Plan, Planned
 from joint.comparison.folders import Result, notes_file, read_json, read_result, without_places
 from joint.comparison.goals import goodness
 from joint.comparison.runs import carry_out, standing
 from joint.comparison.tuning import reach
+from joint.configuring import settings
 from joint.errors import UserError
 from joint.experiment import Config, Run
 from joint.run import RunDirectory

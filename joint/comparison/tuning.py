@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from joint import settings
+from joint.configuring import settings
 from joint.errors import ConfigError
 from joint.experiment import Config
 

@@ -20,12 +20,12 @@ from joint.data.pool import NO_POOL, PoolItems
 from joint.data.ragged import Ragged, offsets_of
 from joint.data.requests import Column, Requests
 from joint.data.sampling import unlabelled
-from joint.evaluation import Evaluator
+from joint.evaluating.evaluator import Evaluator
+from joint.evaluating.finished_run import open_model
 from joint.exporting.tables import Precision
 from joint.features import Plan
 from joint.files import write_whole
 from joint.fusion import fuse
-from joint.measure import open_model
 from joint.outputs import Outputs
 from joint.ranks import top_k
 from joint.schema import Feature, Schema, day_name, day_number

@@ -17,10 +17,10 @@ from joint.data.planted.truth import LIST
 from joint.data.requests import Requests
 from joint.distributed import gather_objects
 from joint.errors import UserError
-from joint.evaluation import Evaluator
+from joint.evaluating.evaluator import Evaluator
+from joint.evaluating.funnel_metrics import Entrants, funnel, funnel_metrics, served, survival
+from joint.evaluating.logged_funnel import CANDIDATES, logged_funnel
 from joint.experiment import HEADS, Config
-from joint.funnel_metrics import Entrants, funnel, funnel_metrics, served, survival
-from joint.logged_funnel import CANDIDATES, logged_funnel
 from joint.metrics import PerRequest, Ratio, merge_all
 from joint.ranks import request_sums
 

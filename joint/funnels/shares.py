@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from joint.funnel_metrics import OUTSIDE
+from joint.evaluating.funnel_metrics import OUTSIDE
 from joint.funnels.measure import THIRDS, Quotas, Thirds
 
 # kind of what is wanted -> what it is called

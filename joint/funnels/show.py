@@ -9,6 +9,7 @@ from pathlib import Path
 from joint.cost import head_costs
 from joint.distributed import rank
 from joint.errors import ConfigError, UserError
+from joint.evaluating.finished_run import Opened, open_model
 from joint.funnels.measure import (
     Quotas,
     Thirds,
@@ -20,7 +21,6 @@ from joint.funnels.measure import (
 )
 from joint.funnels.shares import KINDS, lost
 from joint.funnels.writing import STARS, starred, write_comparison, write_funnel
-from joint.measure import Opened, open_model
 from joint.summary import aligned, funnel_table
 
 

@@ -10,8 +10,8 @@ from scipy import stats
 
 from joint.comparison.ablation import Plan, read_ablation
 from joint.comparison.tuning import Tune, applied, reach
+from joint.configuring.settings import differences
 from joint.errors import ConfigError, DataError
-from joint.settings import differences
 
 TUNE = "\ntune: {trials: 3, over: {optimizer.dense.lr: [0.001, 0.1], objectives.distill.weight: [0.1, 10]}}"
 

@@ -13,6 +13,7 @@ import torch
 
 from joint.batch import Batch
 from joint.config import load_config
+from joint.configuring.fit import check_against
 from joint.data.assemble import Assembler, logged
 from joint.data.columns import Columns
 from joint.data.cross import cross_values
@@ -26,7 +27,6 @@ from joint.data.sampling import Candidates, unlabelled, with_random
 from joint.errors import DataError
 from joint.experiment import HEADS
 from joint.features import Plan
-from joint.fit import check_against
 from joint.schema import Feature, History, Schema, Stage
 
 Of = Literal["count", "recency"]

@@ -7,7 +7,7 @@ from dataclasses import fields
 from difflib import unified_diff
 from pathlib import Path
 
-from joint.config_reference import TAGS, meaning, reference, sections
+from joint.configuring.reference_page import TAGS, meaning, reference, sections
 
 PAGE = Path(__file__).parents[2] / "docs" / "config.md"
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from joint.alignment import fusion_inconsistency, to_the_teacher
-from joint.logged_metrics import against_negatives
+from joint.evaluating.alignment import fusion_inconsistency, to_the_teacher
+from joint.evaluating.logged_metrics import against_negatives
 from joint.metrics import kendall_by_request
 from joint.outputs import HeadOutput
 from joint.schema import Stage

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from joint import baselines
-from joint.baselines import ease, history_scores, item_knn, popularity, smoothed_means
+from joint.evaluating import baselines
+from joint.evaluating.baselines import ease, history_scores, item_knn, popularity, smoothed_means
 
 USERS = torch.tensor([7, 7, 3, 3, 3, 9, 7])  # 7 has items 0 and 1, 3 has 0, 1, 2, 9 has 2; a pair twice
 ITEMS = torch.tensor([0, 1, 0, 1, 2, 2, 0])

@@ -9,9 +9,9 @@ from scipy import stats
 
 from joint.data.ragged import Ragged, draw, offsets_of
 from joint.data.requests import Requests
-from joint.explore import narrowness, noisy, thinned
+from joint.evaluating.explore import narrowness, noisy, thinned
+from joint.evaluating.variety import Coverage, variety
 from joint.schema import History
-from joint.variety import Coverage, variety
 
 
 def ragged(*lists: list[int]) -> Ragged:

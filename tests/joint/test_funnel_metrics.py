@@ -13,8 +13,8 @@ from joint.cost import Cost, funnel_costs
 from joint.data.ragged import Ragged
 from joint.data.requests import Requests
 from joint.errors import UserError
+from joint.evaluating.funnel_metrics import Entrants, Wanted, best_columns, funnel, funnel_metrics, survival
 from joint.experiment import Config, ItemPool
-from joint.funnel_metrics import Entrants, Wanted, best_columns, funnel, funnel_metrics, survival
 from joint.funnels.figures import lost_figure, survival_figure, sweep_figure
 from joint.funnels.measure import REWARD, Point, Thirds, efficient, read_grid
 from joint.funnels.shares import left, lost, slices

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from joint.choosing import Trial, best, best_by_group, fusion_grid
+from joint.evaluating.choosing import Trial, best, best_by_group, fusion_grid
 from joint.fusion import fuse, fuse_users, fusion_weights
 from joint.metrics import PerRequest
 from towers.pre_ranking import PreRanking

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from joint.data.requests import Requests
+from joint.evaluating.funnel_metrics import Entrants
+from joint.evaluating.logged_funnel import logged_entrants, logged_funnel
 from joint.experiment import Task
-from joint.funnel_metrics import Entrants
-from joint.logged_funnel import logged_entrants, logged_funnel
 
 STUDENT = torch.tensor([4.0, 3, 2, 1, 1, 2])
 TEACHER = torch.tensor([1.0, 2, 3, 4, 2, 1])

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import pytest
 
+from joint.configuring.settings import Tree, decode, differences, dump, merge, place, read
 from joint.errors import ConfigError
-from joint.settings import Tree, decode, differences, dump, merge, place, read
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from joint.configuring.settings import Tree, near_miss, place, plain, raise_at, read
 from joint.errors import ConfigError
-from joint.settings import Tree, near_miss, place, plain, raise_at, read
 
 
 @pytest.fixture(autouse=True)

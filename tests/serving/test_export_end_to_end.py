@@ -16,10 +16,10 @@ import onnx
 import pytest
 
 from joint.errors import UserError
+from joint.evaluating.finished_run import open_model
 from joint.export import main as export_main
 from joint.exporting.build import Choices, export_run
 from joint.exporting.golden import as_json, training_answers
-from joint.measure import open_model
 from joint.serve import main as serve_main
 from joint.serving import Recommender
 from joint.serving.check import check

@@ -10,10 +10,10 @@ import pytest
 import joint
 from joint import checkpoint
 from joint.config import load_config
+from joint.configuring.fit import check_against
 from joint.data.dataset import Dataset
 from joint.data.planted.simulate import parameters_of, simulate
 from joint.exporting.build import Choices, export_run
-from joint.fit import check_against
 from joint.serving import Recommender
 from joint.serving.errors import CheckError
 from joint.training import train
@@ -89,7 +89,7 @@ def test_tables_that_were_not_loaded_are_noticed(
     def without(folder: Path, *_: object, **__: object) -> checkpoint.Progress:
         return checkpoint.Progress(step=1)
 
-    monkeypatch.setattr("joint.measure.checkpoint.load_latest", without)
+    monkeypatch.setattr("joint.evaluating.finished_run.checkpoint.load_latest", without)
     with pytest.raises(CheckError, match="does not answer"):
         export_run(shop_run, tmp_path, Choices())
     assert list(tmp_path.iterdir()) == []

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map
 
 import joint.distributed
-import joint.measure
+import joint.evaluating.finished_run
 import joint.pipeline
 import joint.sharding
 import joint.task
@@ -155,7 +155,7 @@ def pretend() -> None:
     }
     joint.task.shard = shard
     joint.sharding.DistributedModelParallel = partial(joint.sharding.DistributedModelParallel, init_data_parallel=False)
-    for module in (joint.distributed, joint.training, joint.measure):
+    for module in (joint.distributed, joint.training, joint.evaluating.finished_run):
         module.process_group = process_group
     joint.training.set_step = set_step
     for module in (joint.pipeline, joint.training):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from joint.data.assemble import logged
-from joint.evaluation import RANDOM, evaluator_of
+from joint.evaluating.evaluator import RANDOM, evaluator_of
 from joint.task import build_task
 
 

@@ -19,9 +19,11 @@ import torch
 import yaml
 
 import joint
-from joint import first_steps, settings, sources
+from joint import first_steps
 from joint.comparison.ablation import read_ablation
 from joint.config import load_config
+from joint.configuring import settings, sources
+from joint.configuring.fit import check_against
 from joint.data.assemble import Assembler
 from joint.data.dataset import Dataset
 from joint.data.loader import Loader
@@ -29,13 +31,12 @@ from joint.data.order import Position
 from joint.data.planted.simulate import parameters_of, simulate
 from joint.distributed import process_group
 from joint.errors import ConfigError
-from joint.evaluation import evaluator_of
+from joint.evaluating.evaluator import evaluator_of
 from joint.experiment import Config
 from joint.features import Plan
-from joint.fit import check_against
 from joint.optimizers import build_optimizer
 from joint.pipeline import build_pipeline
-from joint.prediction import predict
+from joint.predicting.writing import predict
 from joint.schema import read_schema
 from joint.task import build_task
 from joint.train import main

@@ -24,7 +24,7 @@ from joint.data.order import Position
 from joint.distributed import process_group
 from joint.features import Plan
 from joint.optimizers import build_optimizer
-from joint.prediction import predict
+from joint.predicting.writing import predict
 from joint.task import build_task
 from joint.train import main
 

@@ -17,9 +17,9 @@ from joint.data.order import Position
 from joint.data.pool import PoolItems
 from joint.data.ragged import Ragged, side_by_side
 from joint.data.sampling import unlabelled
-from joint.evaluation import evaluator_of
+from joint.evaluating.evaluator import evaluator_of
+from joint.evaluating.funnel_metrics import funnel, top_k
 from joint.experiment import Config
-from joint.funnel_metrics import funnel, top_k
 from joint.task import build_task
 
 HEADS = ("retrieval", "pre_ranking", "ranking")

@@ -11,7 +11,7 @@ import torch
 
 import joint
 import losses
-from joint import settings
+from joint.configuring import settings
 from joint.experiment import Config
 from joint.objectives import AdaptiveContrastive, Binary, Distillation, MultiClass, Objective, Pairwise, compute
 from joint.outputs import HeadOutput, Pool

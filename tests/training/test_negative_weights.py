@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 import losses
-from joint.negative_weights import negative_weights
+from joint.evaluating.negative_weights import negative_weights
 from joint.objectives import task_indices
 from joint.task import build_task
 from towers.mixtures import set_step

@@ -18,7 +18,7 @@ import joint.training
 from joint.batch import Batch
 from joint.data.loader import Loader
 from joint.data.order import Position
-from joint.evaluation import evaluator_of
+from joint.evaluating.evaluator import evaluator_of
 from joint.optimizers import build_optimizer, set_learning_rates
 from joint.pipeline import PlainPipeline, build_pipeline
 from joint.task import build_task

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from joint.batch import Batch
+from joint.configuring.fit import misfits
 from joint.data.loader import Loader
 from joint.data.order import Position
 from joint.data.pool import PoolItems, sampled_items
-from joint.fit import misfits
 from joint.objectives import compute
-from joint.pool import RATE, StreamingFrequency
 from joint.schema import NEVER
+from joint.softmax_pool import RATE, StreamingFrequency
 from joint.task import build_task
 from towers.mixtures import set_step
 

@@ -16,6 +16,7 @@ import torch
 
 import joint.predict
 from joint.config import load_config
+from joint.configuring.fit import data_hash, predictions_of
 from joint.data.assemble import Assembler, logged
 from joint.data.dataset import Dataset
 from joint.data.loader import Loader
@@ -25,13 +26,12 @@ from joint.data.predictions import open_predictions
 from joint.data.ragged import Ragged
 from joint.data.sampling import unlabelled
 from joint.errors import CheckpointError, ConfigError, DataError, UserError
-from joint.evaluation import Evaluator
+from joint.evaluating.evaluator import Evaluator
+from joint.evaluating.finished_run import open_model
 from joint.experiment import HEADS, Distillation
 from joint.features import Plan
-from joint.fit import data_hash, predictions_of
-from joint.measure import open_model
 from joint.objectives import compute
-from joint.prediction import predict
+from joint.predicting.writing import predict
 from joint.run import RunDirectory
 from joint.train import main
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import joint.train
-from joint.prediction import predict
+from joint.predicting.writing import predict
 
 HERE = Path(__file__).parent
 # As in test_distributed: no dropout, and no step along a gradient that is nothing but rounding.

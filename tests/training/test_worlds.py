@@ -15,7 +15,6 @@ import torch
 
 import joint
 from joint.cascade import main as cascade
-from joint.choosing import choose_fusion
 from joint.config import load_config
 from joint.cost import head_costs
 from joint.data.assemble import Assembler, logged
@@ -27,13 +26,14 @@ from joint.data.ragged import Ragged
 from joint.data.sampling import unlabelled
 from joint.distributed import process_group
 from joint.errors import UserError
-from joint.evaluation import evaluator_of
+from joint.evaluating.choosing import choose_fusion
+from joint.evaluating.evaluator import evaluator_of
+from joint.evaluating.finished_run import open_model, reference_of
 from joint.features import Plan
 from joint.funnels.measure import sweep_quotas
 from joint.funnels.show import show_funnel
 from joint.fusion import fuse
-from joint.measure import open_model, reference_of
-from joint.prediction import predict
+from joint.predicting.writing import predict
 from joint.schema import Stage
 from joint.task import build_task
 from joint.train import main

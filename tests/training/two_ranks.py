@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import joint.evaluating.finished_run
 import joint.fast_lookup
-import joint.measure
 import joint.train
 import joint.training
 from joint import checkpoint
@@ -22,10 +22,10 @@ from joint.config import load_config
 from joint.data.assemble import Assembler
 from joint.data.dataset import Dataset
 from joint.distributed import gather_objects, gather_rows, rank
-from joint.evaluation import evaluator_of
+from joint.evaluating.evaluator import evaluator_of
 from joint.features import Plan
 from joint.optimizers import build_optimizer
-from joint.prediction import predict
+from joint.predicting.writing import predict
 from joint.task import build_task
 
 CPU = torch.device("cpu")
@@ -72,7 +72,7 @@ def main(number: int, folder: Path) -> None:
     dist.init_process_group(
         "gloo", f"file://{folder}/rendezvous", rank=number, world_size=2, timeout=timedelta(seconds=60)
     )
-    joint.training.process_group = joint.measure.process_group = group_of_this_process
+    joint.training.process_group = joint.evaluating.finished_run.process_group = group_of_this_process
     joint.fast_lookup.SLOW_SHARE = 10**9  # always
     joint.fast_lookup.BAGS = 4
     gathered(folder)

@@ -21,13 +21,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from joint.configuring.settings import differences, plain
 from joint.data.dataset import Dataset, DatasetWriter, write_part
 from joint.data.flat.map import LogMap, seconds
 from joint.data.ragged import draw
 from joint.data.requests import Requests, from_arrow, to_arrow
 from joint.errors import DataError, first_line
 from joint.schema import Part, Schema, Stage, day_number
-from joint.settings import differences, plain
 
 FILES_OF_THE_MAP = ("file", "watch_log")  # keys that may differ between appends: where files lie
 

@@ -11,12 +11,12 @@ from zoneinfo import ZoneInfo
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from joint.configuring.settings import Tree, near_miss, raise_at
 from joint.data.flat.columns import Rows
 from joint.data.flat.map import LogHistory, LogMap, Stages, Table, Time, time_of
 from joint.data.problems import Problems
 from joint.errors import DataError, first_line
 from joint.progress import progress
-from joint.settings import Tree, near_miss, raise_at
 
 Role = Literal["id", "ids", "number", "vector", "flag", "time", "stamp", "word", "date or flag"]
 BATCH = 131_072  # rows read at a time

@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from joint.configuring.settings import Tree, decode, near_miss, raise_at, read
+from joint.configuring.sources import find
 from joint.schema import Stage
-from joint.settings import Tree, decode, near_miss, raise_at, read
-from joint.sources import find
 
 T = TypeVar("T")
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}

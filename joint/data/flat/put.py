@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from joint.configuring.settings import Tree
 from joint.data.flat.append import Old, mature
 from joint.data.flat.columns import MICRO
 from joint.data.flat.files import (
@@ -24,7 +25,6 @@ from joint.data.flat.spill import Spill
 from joint.data.problems import Problems
 from joint.data.requests import Requests
 from joint.errors import DataError
-from joint.settings import Tree
 
 BUCKET = 250_000  # rows in memory at a time, about
 MOST_BUCKETS = 256

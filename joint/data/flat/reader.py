@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from joint.configuring.settings import Tree, plain
 from joint.data.dataset import DatasetWriter
 from joint.data.flat.append import open_old, take_over
 from joint.data.flat.build import Builder
@@ -38,7 +39,6 @@ from joint.data.problems import Problems
 from joint.data.requests import Requests
 from joint.errors import DataError
 from joint.schema import STAGES, History, Schema, day_name, day_number
-from joint.settings import Tree, plain
 
 MOST_GROUPS = 128  # the dataset holds them as int8
 

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from joint.configuring.settings import Tree, decode
+from joint.configuring.sources import Place
 from joint.data.dataset import DatasetWriter
 from joint.data.planted.draw import START, World, draw_world
 from joint.data.planted.incumbent import Incumbent, Logged
@@ -27,8 +29,6 @@ from joint.data.requests import Column, Requests, concatenate_requests
 from joint.errors import ConfigError
 from joint.progress import progress
 from joint.schema import Feature, Schema, Stage, day_name
-from joint.settings import Tree, decode
-from joint.sources import Place
 
 WORLDS = {"fair": 0.0, "biased": 0.4, "misled": 0.8}  # name -> `systematic`
 SIZES: dict[str, dict[str, int]] = {

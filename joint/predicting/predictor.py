@@ -16,8 +16,8 @@ from joint.data.requests import Column, Requests, concatenate_requests, to_arrow
 from joint.data.words import item_key, item_words, words_of
 from joint.distributed import gather_objects, rank, world_size
 from joint.errors import CheckpointError
-from joint.evaluation import Chunk, Evaluator
-from joint.funnel_metrics import best_columns, funnel
+from joint.evaluating.evaluator import Chunk, Evaluator
+from joint.evaluating.funnel_metrics import best_columns, funnel
 from joint.ranks import order_within, positions
 
 

@@ -15,9 +15,7 @@ from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
 
 from joint import metrics
-from joint.alignment import logged_order
 from joint.batch import Batch
-from joint.channels import list_variety, pool_members, with_fewer_events, with_noise, with_places
 from joint.data.assemble import Assembler, logged, positives
 from joint.data.order import Position
 from joint.data.planted.truth import LIST, open_truth
@@ -26,17 +24,19 @@ from joint.data.ragged import Ragged, draw
 from joint.data.requests import Requests
 from joint.data.sampling import Candidates, unlabelled
 from joint.distributed import gather_objects, rank, world_size
+from joint.evaluating.alignment import logged_order
+from joint.evaluating.channels import list_variety, pool_members, with_fewer_events, with_noise, with_places
+from joint.evaluating.funnel_metrics import Entrants, Wanted, best_columns, funnel_metrics, top_k
+from joint.evaluating.item_pools import recall_by_pool
+from joint.evaluating.logged_funnel import logged_entrants, logged_funnel
+from joint.evaluating.logged_metrics import State, against_negatives, logged_metrics
+from joint.evaluating.reference import baseline_metrics
 from joint.experiment import heads_of
-from joint.funnel_metrics import Entrants, Wanted, best_columns, funnel_metrics, top_k
 from joint.fusion import fuse, fuse_users
-from joint.logged_funnel import logged_entrants, logged_funnel
-from joint.logged_metrics import State, against_negatives, logged_metrics
 from joint.metrics import PerRequest
 from joint.outputs import Outputs
-from joint.pools import recall_by_pool
 from joint.progress import progress
 from joint.ranks import pool_ranks, ranks, request_sums
-from joint.reference import baseline_metrics
 from towers.retrieval import Retrieval
 
 Forward = Callable[[Batch], Outputs]

@@ -6,13 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from joint import baselines, metrics
+from joint import metrics
 from joint.data.assemble import known_in_time, logged, positives
 from joint.data.dataset import Dataset
 from joint.data.eligibility import Eligibility
 from joint.data.loader import latest_known
 from joint.data.ragged import Ragged
 from joint.data.requests import Requests, concatenate_requests
+from joint.evaluating import baselines
 from joint.experiment import Config
 from joint.ranks import pool_ranks
 

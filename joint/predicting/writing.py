@@ -20,8 +20,8 @@ from joint.data.dataset import Dataset, file_hash
 from joint.data.predictions import VERSION
 from joint.distributed import rank
 from joint.errors import ConfigError, DataError
-from joint.measure import Opened, open_model
-from joint.predictor import Predictor
+from joint.evaluating.finished_run import Opened, open_model
+from joint.predicting.predictor import Predictor
 from joint.progress import progress
 from joint.run import RunDirectory
 from joint.schema import SPLITS, Part, Schema

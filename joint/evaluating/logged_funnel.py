@@ -12,8 +12,8 @@ from joint.batch import Batch
 from joint.data.planted.truth import LIST
 from joint.data.ragged import Ragged
 from joint.data.requests import Requests
+from joint.evaluating.funnel_metrics import Entrants, Wanted, funnel_metrics
 from joint.experiment import Config
-from joint.funnel_metrics import Entrants, Wanted, funnel_metrics
 from joint.metrics import PerRequest
 from joint.outputs import Outputs
 from joint.ranks import top_k

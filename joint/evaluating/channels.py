@@ -9,11 +9,11 @@ from torch import Tensor
 from joint.data.dataset import Dataset
 from joint.data.ragged import draw
 from joint.data.requests import Requests
+from joint.evaluating.explore import narrowness, noisy, thinned
+from joint.evaluating.item_pools import members, with_reserved
+from joint.evaluating.variety import Coverage, variety
 from joint.experiment import Config
-from joint.explore import narrowness, noisy, thinned
 from joint.metrics import PerRequest
-from joint.pools import members, with_reserved
-from joint.variety import Coverage, variety
 
 
 def with_fewer_events(config: Config, dataset: Dataset, requests: Requests) -> Requests | None:

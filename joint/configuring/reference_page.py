@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from joint.configuring.settings import plain
 from joint.experiment import Config
-from joint.settings import plain
 
 OPENING = """# Config reference
 

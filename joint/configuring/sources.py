@@ -1,7 +1,7 @@
 """YAML files and `key=value` overrides, merged into one tree that remembers where everything was written.
 
 Sources merge from low to high: the `base:` chain, the file, the overrides as given. Mappings merge, lists and
-scalars replace, and `null` removes: it stays in the tree as a mark, which `joint.settings.decode` acts upon.
+scalars replace, and `null` removes: it stays in the tree as a mark, which `settings.decode` acts upon.
 """
 
 import difflib
@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+import joint
 from joint.errors import ConfigError
 
 MOST_KNOWN = 16  # names that a message lists
@@ -109,7 +110,7 @@ def _shipped(path: str) -> str:
     """The path itself, or where there is no such file the config of that name (`configs/…`) that was installed."""
     if os.path.exists(path) or not path.startswith("configs/"):
         return path
-    package = os.path.dirname(os.path.abspath(__file__))
+    package = os.path.dirname(os.path.abspath(joint.__file__))
     homes = package, os.path.dirname(package)  # of a wheel, of a checkout
     return next((own for home in homes if os.path.isfile(own := os.path.join(home, path))), path)
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from joint.distributed import gather_objects, rank
 from joint.errors import ConfigError
-from joint.evaluation import Block, Chunk, Evaluator
-from joint.funnel_metrics import Entrants, funnel, survival
-from joint.logged_metrics import in_space
-from joint.measure import open_model
+from joint.evaluating.evaluator import Block, Chunk, Evaluator
+from joint.evaluating.finished_run import open_model
+from joint.evaluating.funnel_metrics import Entrants, funnel, survival
+from joint.evaluating.logged_metrics import in_space
 from joint.metrics import PerRequest, merge_all
 from joint.ranks import request_of
 from joint.spaces import stage_mask

@@ -6,15 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from joint import settings
 from joint.config import Head, Mistake, mistakes, unknown_names
+from joint.configuring import settings
+from joint.configuring.unread import UNREAD, UnreadError, as_far_as_read
 from joint.data.dataset import Dataset
 from joint.data.predictions import Predictions, open_predictions, scored
 from joint.errors import DataError
 from joint.experiment import ALSO_CALLED, Config, Data, Encoder, heads_of, logged_scores
 from joint.objectives import ItemViews, MultiClass
 from joint.schema import NEVER, STAGES, Feature, Schema, read_schema
-from joint.unread import UNREAD, UnreadError, as_far_as_read
 from towers.retrieval import Retrieval
 from towers.sequence import SelfAttention, TargetAttention
 

@@ -24,8 +24,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from omegaconf import FloatNode, IntegerNode
 
-from joint import sources
-from joint.sources import (
+from joint.configuring import sources
+from joint.configuring.sources import (
     Place,
     Problems,
     Tree,
@@ -40,7 +40,7 @@ from joint.sources import (
     read,
     suggest,
 )
-from joint.unread import UNREAD, UnreadError
+from joint.configuring.unread import UNREAD, UnreadError
 
 __all__ = [
     "Tree",

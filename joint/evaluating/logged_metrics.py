@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from joint import metrics
-from joint.alignment import of_fusions, to_order, to_the_teacher
 from joint.batch import Batch
+from joint.evaluating.alignment import of_fusions, to_order, to_the_teacher
+from joint.evaluating.variety import Coverage
 from joint.experiment import Config
 from joint.metrics import AucState, PerRequest, Ratio
 from joint.outputs import Outputs
 from joint.ranks import ranks, request_sums
 from joint.schema import GROUPS, Schema
 from joint.spaces import stage_mask
-from joint.variety import Coverage
 
 State = Ratio | PerRequest | AucState | Coverage
 
