@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.peers import bare, common, data, ours
 from joint.data.dataset import Dataset
+from joint.evaluating.evaluator import Evaluator
 from joint.reporting import Reporter
 
 
@@ -57,7 +58,8 @@ def test_the_blocked_softmax_is_the_mean_cross_entropy(monkeypatch):
 @pytest.mark.parametrize("model", ["mmoe", "dssm"])
 def test_a_runner_says_what_it_took(folder, runner, model, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["runner", str(folder), "--model", model, "--batch", "64", "--bf16"])
-    monkeypatch.setattr("joint.training.Reporter", Reporter)  # the runner puts its own there
+    monkeypatch.setattr("joint.training.Reporter", Reporter)  # the runner puts its own there, and below
+    monkeypatch.setattr(Evaluator, "_retrieval", Evaluator._retrieval)
     runner.main()
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["samples"] == 600

@@ -218,7 +218,7 @@ def test_the_maps_of_the_documentation(tmp_path: Path) -> None:
     for name in ("kuairand", "ebnerd"):
         assert read_map(docs / "maps" / f"{name}.yaml")[0].name == name
     smallest, discovery, features, histories = re.findall(
-        r"```yaml[^\n]*\n(.*?)```", (docs / "own_logs.md").read_text(), re.DOTALL
+        r"```yaml(?: title=\"map.yaml\")?\n(.*?)```", (docs / "own_logs.md").read_text(), re.DOTALL
     )
     keys = smallest.replace("labels: {click: is_click}\n", "")
     files = "users: {file: u.parquet, key: u}\nitems: {file: i.parquet, key: i}\n"

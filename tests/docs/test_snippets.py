@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 from argparse import ArgumentParser
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
@@ -217,13 +217,16 @@ def understood(command: str, arguments: list[str]) -> None:
         assert not arguments or command == "benchmarks.run", f"{command} takes no arguments"
         return
 
-    def stop(*given: Any) -> None:
-        parse_args(*given)
-        raise UnderstoodError
+    def stopping(parse: Callable[..., Any]) -> Callable[..., Any]:
+        def stop(*given: Any) -> None:
+            parse(*given)
+            raise UnderstoodError
 
-    parse_args = ArgumentParser.parse_args
+        return stop
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ArgumentParser, "parse_args", stop)
+        for name in ("parse_args", "parse_intermixed_args"):
+            patch.setattr(ArgumentParser, name, stopping(getattr(ArgumentParser, name)))
         patch.setattr(sys, "argv", [command, *arguments])
         with pytest.raises(UnderstoodError):
             runpy.run_module(command, run_name="__main__")
