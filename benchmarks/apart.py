@@ -27,10 +27,10 @@ import torch
 import joint.training
 from benchmarks.peers.ours import Timing
 from joint.config import load_config
-from joint.configuring.fit import predictions_of
 from joint.data.dataset import Dataset
 from joint.data.planted.simulate import parameters_of, simulate
 from joint.experiment import Config, heads_of
+from joint.fit import predictions_of
 from joint.predicting.writing import predict
 from joint.schema import STAGES
 

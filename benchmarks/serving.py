@@ -26,9 +26,9 @@ from joint.config import load_config
 from joint.data.dataset import Dataset
 from joint.data.order import Position
 from joint.data.planted.simulate import parameters_of, simulate
-from joint.data.pool import NO_POOL
 from joint.data.ragged import Ragged
 from joint.data.sampling import unlabelled
+from joint.data.softmax_pool import NO_POOL
 from joint.evaluating.finished_run import open_model
 from joint.exporting.build import Choices, export_run
 from joint.exporting.golden import synthetic_requests

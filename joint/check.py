@@ -23,10 +23,11 @@ from joint.fast_lookup import use_fast_lookup
 from joint.features import Plan
 from joint.first_steps import Tried, part_of, try_steps
 from joint.optimizers import build_optimizer, state_of_row
-from joint.plan import rows_by_rank, size_text
+from joint.plan import rows_by_rank
 from joint.reporting import peak_memory
 from joint.run import open_run
 from joint.schema import SPLITS
+from joint.sizes import size_text
 from joint.summary import aligned, collision_lines, cost_cells, thin_batches, wrapped
 from joint.task import build_task
 

@@ -6,7 +6,6 @@ Nothing is allocated: tables are on meta, and no other rank, GPU or training dat
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -14,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from joint.commands import run_command
+from joint.sizes import size, size_text
 from joint.versions import check_versions
-
-UNITS = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}
 
 
 @dataclass
@@ -28,22 +26,6 @@ class Found:
     def log(self, *_: object, best_plan: list[Any], **__: object) -> None:
         """Keep the options it chose, one a table, with the bytes and milliseconds of every shard."""
         self.options = best_plan
-
-
-def size(text: str) -> int:
-    """Bytes of a size like 80GB (decimal units)."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|TB)", text.strip().upper())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; expected one like 80GB")
-    return int(float(match[1]) * UNITS[match[2].replace("K", "k")])
-
-
-def size_text(count: float) -> str:
-    """Bytes as every command says them: in decimal units, three digits (2.03 kB, 36.0 GB, 120 GB)."""
-    for unit, least in UNITS.items():
-        if (value := count / least) >= 1:
-            return f"{value:.{2 - (value >= 10) - (value >= 100)}f} {unit}"
-    return f"{count:.0f} B"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--world-size and --ranks-per-machine are at least 1")
     check_versions()
     from joint.config import load_config
-    from joint.configuring.fit import check_against
     from joint.features import Plan
+    from joint.fit import check_against
     from joint.schema import read_schema
     from joint.summary import collision_lines
 

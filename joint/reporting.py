@@ -18,8 +18,8 @@ from torch.utils.tensorboard import SummaryWriter
 from joint.charts import Layout, drawn
 from joint.distributed import rank
 from joint.files import write_whole
-from joint.plan import size_text
 from joint.run import RunDirectory
+from joint.sizes import size_text
 from joint.summary import wrapped
 
 

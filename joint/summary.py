@@ -18,7 +18,7 @@ from joint.distributed import world_size
 from joint.evaluating.alignment import STUDENTS
 from joint.experiment import Config, heads_of
 from joint.features import Plan
-from joint.plan import size_text
+from joint.sizes import size_text
 
 WIDTH = 120  # columns of a terminal
 THIN = 0.75  # of the requests asked for: batches that hold fewer are worth a warning

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_versions()
     # Imported only now: with a wrong combination of versions these imports fail, and less clearly.
     from joint.check import check
-    from joint.configuring.fit import load_fitting
+    from joint.fit import load_fitting
     from joint.training import train
 
     config, dataset = load_fitting(parsed.config, parsed.overrides)

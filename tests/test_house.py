@@ -105,9 +105,6 @@ def test_ids_settings_and_ragged_lists_do_without_torch():
 
 
 def test_training_starts_without_what_only_reports_and_readers_need():
-    program = (
-        "import sys, joint.training, joint.configuring.fit;"
-        "assert not sys.modules.keys() & {'pandas', 'scipy', 'matplotlib'}"
-    )
+    program = "import sys, joint.training, joint.fit;assert not sys.modules.keys() & {'pandas', 'scipy', 'matplotlib'}"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

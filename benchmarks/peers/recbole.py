@@ -6,6 +6,7 @@ history. Its test rows are drawn from all rows.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         _write(Path(folder) / "rows", common.rows(run.data, "train"), common.rows(run.data, "test"))
+        os.chdir(folder)  # it writes its log to where it is
         own = {"data_path": folder, "checkpoint_dir": f"{folder}/saved", "seed": run.seed}
         sizes = {"train_batch_size": run.batch, "eval_batch_size": 2 * run.batch}
         config = Config(model=MODELS[run.model], dataset="rows", config_dict=SETTINGS | own | sizes)

@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 from joint.comparison.tuning import TRIAL_SEED, Tune, applied, reach
 from joint.config import config_of, mistakes
 from joint.configuring import settings
-from joint.configuring.fit import check_against, schema_of
 from joint.configuring.settings import Tree
 from joint.errors import ConfigError, UserError
 from joint.experiment import Config, Run
+from joint.fit import check_against, schema_of
 from joint.schema import read_schema
 
 METRICS = ("funnel/*", "alignment/*", "retrieval/recall@*", "pre_ranking/recall@*", "ranking/recall@*")

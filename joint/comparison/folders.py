@@ -21,10 +21,10 @@ from typing import Any, Literal
 import joint
 from joint.comparison.ablation import Planned
 from joint.configuring import settings
-from joint.configuring.fit import data_hash
 from joint.errors import UserError
 from joint.experiment import Config, Run
 from joint.files import write_whole
+from joint.fit import data_hash
 from joint.run import RunDirectory
 
 PACKAGES = ("joint", "losses", "towers")

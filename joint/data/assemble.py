@@ -15,10 +15,10 @@ from joint.data.columns import Columns
 from joint.data.dataset import Dataset
 from joint.data.eligibility import Eligibility
 from joint.data.order import Position
-from joint.data.pool import PoolItems
 from joint.data.ragged import Ragged
 from joint.data.requests import Requests
 from joint.data.sampling import Candidates
+from joint.data.softmax_pool import PoolItems
 from joint.experiment import Task
 from joint.features import Plan
 from joint.keys import Key

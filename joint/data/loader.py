@@ -13,10 +13,10 @@ from joint.batch import Batch
 from joint.data.assemble import Assembler, logged
 from joint.data.narrow import narrowed
 from joint.data.order import DayOrder, Position
-from joint.data.pool import NO_POOL, PoolItems, sampled_items, shared_random
 from joint.data.ragged import draw
 from joint.data.requests import Requests, concatenate_requests
 from joint.data.sampling import Candidates, sample_stages, shuffle_stages, with_random
+from joint.data.softmax_pool import NO_POOL, PoolItems, sampled_items, shared_random
 from joint.errors import CheckpointError, ConfigError
 from joint.experiment import Config, logged_scores
 from joint.schema import SECONDS_A_DAY, Schema, day_number

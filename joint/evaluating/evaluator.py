@@ -19,18 +19,18 @@ from joint.batch import Batch
 from joint.data.assemble import Assembler, logged, positives
 from joint.data.order import Position
 from joint.data.planted.truth import LIST, open_truth
-from joint.data.pool import NO_POOL, PoolItems
 from joint.data.ragged import Ragged, draw
 from joint.data.requests import Requests
 from joint.data.sampling import Candidates, unlabelled
+from joint.data.softmax_pool import NO_POOL, PoolItems
 from joint.distributed import gather_objects, rank, world_size
 from joint.evaluating.alignment import logged_order
+from joint.evaluating.baseline_metrics import baseline_metrics
 from joint.evaluating.channels import list_variety, pool_members, with_fewer_events, with_noise, with_places
 from joint.evaluating.funnel_metrics import Entrants, Wanted, best_columns, funnel_metrics, top_k
 from joint.evaluating.item_pools import recall_by_pool
 from joint.evaluating.logged_funnel import logged_entrants, logged_funnel
 from joint.evaluating.logged_metrics import State, against_negatives, logged_metrics
-from joint.evaluating.reference import baseline_metrics
 from joint.experiment import heads_of
 from joint.fusion import fuse, fuse_users
 from joint.metrics import PerRequest

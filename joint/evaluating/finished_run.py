@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 
 from joint import checkpoint
-from joint.configuring.fit import check_against, check_groups
 from joint.data.assemble import Assembler
 from joint.data.dataset import Dataset
 from joint.distributed import process_group, rank
@@ -18,6 +17,7 @@ from joint.errors import CheckpointError
 from joint.evaluating.evaluator import Evaluator, evaluator_of
 from joint.experiment import Config
 from joint.features import Plan
+from joint.fit import check_against, check_groups
 from joint.model import JointModel
 from joint.run import RunDirectory, write_metrics
 from joint.summary import tables

@@ -16,10 +16,10 @@ from torch import Tensor
 from joint.data.assemble import logged
 from joint.data.dataset import Dataset
 from joint.data.order import Position
-from joint.data.pool import NO_POOL, PoolItems
 from joint.data.ragged import Ragged, offsets_of
 from joint.data.requests import Column, Requests
 from joint.data.sampling import unlabelled
+from joint.data.softmax_pool import NO_POOL, PoolItems
 from joint.evaluating.evaluator import Evaluator
 from joint.evaluating.finished_run import open_model
 from joint.exporting.tables import Precision

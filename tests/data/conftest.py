@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from joint.config import load_config
-from joint.configuring.fit import check_against
 from joint.data.assemble import Assembler
 from joint.data.dataset import Dataset, DatasetWriter
 from joint.data.ragged import Ragged, offsets_of
 from joint.data.requests import Requests
 from joint.features import Plan
+from joint.fit import check_against
 from joint.schema import Feature, History, Schema, Stage
 
 ITEMS = 50

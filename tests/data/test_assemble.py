@@ -9,10 +9,10 @@ import torch
 from joint.batch import Batch
 from joint.data.assemble import Assembler, logged
 from joint.data.order import Position
-from joint.data.pool import PoolItems
 from joint.data.ragged import Ragged
 from joint.data.requests import Requests
 from joint.data.sampling import Candidates, unlabelled
+from joint.data.softmax_pool import PoolItems
 from joint.experiment import HEADS
 from joint.schema import Stage, table_rows
 

@@ -13,20 +13,20 @@ import torch
 
 from joint.batch import Batch
 from joint.config import load_config
-from joint.configuring.fit import check_against
 from joint.data.assemble import Assembler, logged
 from joint.data.columns import Columns
 from joint.data.cross import cross_values
 from joint.data.dataset import Dataset, DatasetWriter
 from joint.data.loader import Loader
 from joint.data.order import Position
-from joint.data.pool import PoolItems
 from joint.data.ragged import Ragged, offsets_of
 from joint.data.requests import Requests
 from joint.data.sampling import Candidates, unlabelled, with_random
+from joint.data.softmax_pool import PoolItems
 from joint.errors import DataError
 from joint.experiment import HEADS
 from joint.features import Plan
+from joint.fit import check_against
 from joint.schema import Feature, History, Schema, Stage
 
 Of = Literal["count", "recency"]

@@ -13,16 +13,16 @@ from torch import Tensor
 
 from joint.batch import Batch
 from joint.config import load_config
-from joint.configuring.fit import check_against
 from joint.data.assemble import Assembler
 from joint.data.dataset import Dataset, DatasetWriter
 from joint.data.loader import Loader, latest_known
 from joint.data.order import Position
 from joint.data.ragged import Ragged, offsets_of
 from joint.data.requests import Requests
+from joint.evaluating.baseline_metrics import baseline_metrics
 from joint.evaluating.evaluator import Evaluator
-from joint.evaluating.reference import baseline_metrics
 from joint.features import Plan
+from joint.fit import check_against
 from joint.model import JointModel
 from joint.objectives import compute
 from joint.outputs import HeadOutput, Outputs, Pool

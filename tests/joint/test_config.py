@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from joint.config import load_config
-from joint.configuring.fit import check_against
 from joint.configuring.settings import decode, differences, dump, read
 from joint.errors import ConfigError
+from joint.fit import check_against
 from joint.run import _without_places
 
 REPOSITORY = Path(__file__).parents[2]

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from joint.config import load_config
-from joint.configuring.fit import check_against
 from joint.data.dataset import Dataset, DatasetWriter
 from joint.data.ragged import Ragged, offsets_of
 from joint.data.requests import Requests
+from joint.fit import check_against
 from joint.schema import NEVER, Feature, History, Schema, Stage
 from joint.training import train
 

@@ -10,10 +10,10 @@ import pytest
 import joint
 from joint import checkpoint
 from joint.config import load_config
-from joint.configuring.fit import check_against
 from joint.data.dataset import Dataset
 from joint.data.planted.simulate import parameters_of, simulate
 from joint.exporting.build import Choices, export_run
+from joint.fit import check_against
 from joint.serving import Recommender
 from joint.serving.errors import CheckError
 from joint.training import train

@@ -19,7 +19,7 @@ from joint.data.dataset import Dataset
 from joint.data.loader import Loader
 from joint.data.movielens import prepare_movielens
 from joint.data.order import Position
-from joint.data.pool import PoolItems
+from joint.data.softmax_pool import PoolItems
 from joint.distributed import process_group
 from joint.experiment import HEADS, Config
 from joint.features import Plan

@@ -11,8 +11,8 @@ from torch.distributed.checkpoint import FileSystemReader
 import joint.train
 from joint import first_steps
 from joint.commands import run_command
-from joint.configuring.fit import MOST_SAID, load_fitting
 from joint.features import Plan
+from joint.fit import MOST_SAID, load_fitting
 from joint.plan import rows_by_rank
 
 UNTAUGHT = "warning: no gradient reaches task fine of the retrieval head"

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from joint.config import load_config
-from joint.configuring.fit import check_groups
 from joint.cost import head_costs
 from joint.errors import ConfigError
 from joint.evaluating.choosing import best_by_group, try_fusions
 from joint.evaluating.evaluator import evaluator_of
+from joint.fit import check_groups
 from joint.funnels.measure import Thirds, funnel_numbers, popularity_thirds, sweep_quotas
 from joint.task import build_task
 

@@ -23,7 +23,6 @@ from joint import first_steps
 from joint.comparison.ablation import read_ablation
 from joint.config import load_config
 from joint.configuring import settings, sources
-from joint.configuring.fit import check_against
 from joint.data.assemble import Assembler
 from joint.data.dataset import Dataset
 from joint.data.loader import Loader
@@ -34,6 +33,7 @@ from joint.errors import ConfigError
 from joint.evaluating.evaluator import evaluator_of
 from joint.experiment import Config
 from joint.features import Plan
+from joint.fit import check_against
 from joint.optimizers import build_optimizer
 from joint.pipeline import build_pipeline
 from joint.predicting.writing import predict

@@ -16,7 +16,6 @@ from torch import Tensor
 import joint
 from joint import checkpoint
 from joint.config import load_config
-from joint.configuring.fit import check_against
 from joint.data.dataset import Dataset
 from joint.data.flat.map import read_map
 from joint.data.flat.reader import prepare_log
@@ -24,6 +23,7 @@ from joint.data.planted.simulate import parameters_of, simulate
 from joint.data.problems import Problems
 from joint.errors import CheckpointError, ConfigError, UserError
 from joint.features import Plan
+from joint.fit import check_against
 from joint.optimizers import build_optimizer
 from joint.task import build_task
 from joint.train import main

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from joint.batch import Batch
 from joint.config import load_config
-from joint.configuring.fit import check_against
 from joint.data.assemble import Assembler, logged
 from joint.data.order import Position
-from joint.data.pool import PoolItems
 from joint.data.ragged import Ragged, offsets_of
 from joint.data.requests import Requests
+from joint.data.softmax_pool import PoolItems
 from joint.encoding import HistoryEncoder
 from joint.errors import ConfigError
 from joint.experiment import HEADS
 from joint.features import Plan
+from joint.fit import check_against
 from joint.model import JointModel
 from joint.schema import Feature, History, Part, Schema, Stage
 from towers.embeddings import segment_mean

@@ -14,9 +14,9 @@ import torch
 
 from joint.data.eligibility import Eligibility
 from joint.data.order import Position
-from joint.data.pool import PoolItems
 from joint.data.ragged import Ragged, side_by_side
 from joint.data.sampling import unlabelled
+from joint.data.softmax_pool import PoolItems
 from joint.evaluating.evaluator import evaluator_of
 from joint.evaluating.funnel_metrics import funnel, top_k
 from joint.experiment import Config

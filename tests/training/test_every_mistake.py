@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from joint.config import config_of
-from joint.configuring.fit import load_fitting
 from joint.configuring.sources import Place, Tree
 from joint.errors import ConfigError
 from joint.experiment import ALSO_CALLED
+from joint.fit import load_fitting
 
 PLACE = Place(0, 1, "c.yaml:1")
 Key = tuple[str, ...]

@@ -9,10 +9,10 @@ import pytest
 
 import joint
 from joint.config import load_config
-from joint.configuring.fit import check_against
 from joint.data.planted.simulate import parameters_of, simulate
 from joint.errors import ConfigError
 from joint.evaluating.finished_run import open_model
+from joint.fit import check_against
 from joint.schema import read_schema
 from joint.train import main
 

@@ -12,12 +12,12 @@ import torch
 
 import joint
 from joint.config import load_config
-from joint.configuring.fit import check_against
 from joint.data.dataset import Dataset
 from joint.data.planted.simulate import parameters_of, simulate
 from joint.errors import ConfigError
 from joint.evaluating.item_pools import members, recall_by_pool, with_reserved
 from joint.experiment import ItemPool
+from joint.fit import check_against
 from joint.schema import NEVER
 from joint.train import main
 

@@ -7,10 +7,10 @@ import torch
 
 import losses
 from joint.config import load_config
-from joint.configuring.fit import check_against
 from joint.data.loader import Loader
 from joint.data.order import Position
 from joint.errors import ConfigError
+from joint.fit import check_against
 from joint.objectives import ItemViews, compute
 from joint.schema import read_schema
 from joint.task import build_task

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from joint.batch import Batch
 from joint.data.order import Position
-from joint.data.pool import PoolItems
+from joint.data.softmax_pool import PoolItems
 from joint.task import StepOutput, build_task
 from towers.mixtures import set_step
 

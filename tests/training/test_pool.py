@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from joint.batch import Batch
-from joint.configuring.fit import misfits
 from joint.data.loader import Loader
 from joint.data.order import Position
-from joint.data.pool import PoolItems, sampled_items
+from joint.data.softmax_pool import PoolItems, sampled_items
+from joint.fit import misfits
 from joint.objectives import compute
 from joint.schema import NEVER
 from joint.softmax_pool import RATE, StreamingFrequency

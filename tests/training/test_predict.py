@@ -16,7 +16,6 @@ import torch
 
 import joint.predict
 from joint.config import load_config
-from joint.configuring.fit import data_hash, predictions_of
 from joint.data.assemble import Assembler, logged
 from joint.data.dataset import Dataset
 from joint.data.loader import Loader
@@ -30,6 +29,7 @@ from joint.evaluating.evaluator import Evaluator
 from joint.evaluating.finished_run import open_model
 from joint.experiment import HEADS, Distillation
 from joint.features import Plan
+from joint.fit import data_hash, predictions_of
 from joint.objectives import compute
 from joint.predicting.writing import predict
 from joint.run import RunDirectory

@@ -10,11 +10,11 @@ import joint
 from benchmarks.recflow_days import make_day, write_day
 from joint.comparison.ablation import read_ablation
 from joint.config import load_config
-from joint.configuring.fit import check_against
 from joint.data.planted.simulate import parameters_of, simulate
 from joint.data.recflow.reader import prepare_recflow
 from joint.errors import ConfigError
 from joint.features import Plan
+from joint.fit import check_against
 from joint.model import JointModel
 from joint.schema import read_schema
 from joint.train import main

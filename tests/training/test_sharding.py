@@ -15,8 +15,8 @@ from joint.errors import ConfigError
 from joint.experiment import Table
 from joint.ids import hashed_rows
 from joint.optimizers import optimize_tables_in_backward
-from joint.plan import size, size_text
 from joint.sharding import _plan_by_rule, ids_per_request, sharding_of
+from joint.sizes import size, size_text
 from joint.task import JointTask
 
 

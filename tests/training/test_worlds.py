@@ -21,9 +21,9 @@ from joint.data.assemble import Assembler, logged
 from joint.data.dataset import Dataset
 from joint.data.planted.simulate import parameters_of, simulate
 from joint.data.planted.truth import open_truth
-from joint.data.pool import PoolItems
 from joint.data.ragged import Ragged
 from joint.data.sampling import unlabelled
+from joint.data.softmax_pool import PoolItems
 from joint.distributed import process_group
 from joint.errors import UserError
 from joint.evaluating.choosing import choose_fusion
