@@ -1,7 +1,8 @@
-"""How all ranks stop at the same step: one of them was asked to (SIGTERM), or cannot read its next batch."""
+"""How all ranks stop at the same step: one of them was asked to (SIGTERM, Ctrl-C), or cannot read its next batch."""
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,16 +15,36 @@ from joint.batch import Batch
 from joint.distributed import gather_objects, new_host_group, rank, world_size
 from joint.errors import UserError, first_line
 
+SAID = b"interrupted: training stops at its next step and saves; Ctrl-C again ends it at once, without\n"
+
 
 @contextmanager
 def stop_signal() -> Iterator[Callable[[], bool]]:
-    """Whether this process was asked to stop (SIGTERM) since."""
-    asked: list[bool] = []
-    previous = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    """Whether this process was asked to stop since: by SIGTERM, or by Ctrl-C, which ends it at once the second time.
+
+    Raises:
+        KeyboardInterrupt: it was Ctrl-C; only at the end, when all is saved.
+    """
+    asked: list[int] = []
+
+    def ask(number: int, _: object) -> None:
+        asked.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            if rank() == 0:
+                os.write(2, SAID)  # print may be what was interrupted
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, ask)
     try:
         yield lambda: bool(asked)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if signal.SIGINT in asked:
+        raise KeyboardInterrupt
 
 
 class Together(Iterator[Batch]):

@@ -43,7 +43,7 @@ def train(config: Config, dataset: Dataset, *, continues: Path | None = None) ->
     A run without a checkpoint of its own starts from that of the run `continues`, if one is given.
     """
     torch.set_num_threads(config.train.threads)
-    with process_group() as device, stop_signal() as asked:
+    with stop_signal() as asked, process_group() as device:
         scores = dataset.predictions.hash if dataset.predictions else ""
         run = open_run(config, dataset.schema, scores, continues=continues)
         before = open_before(continues, config, dataset.schema) if continues and not run.begun else None

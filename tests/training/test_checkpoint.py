@@ -36,13 +36,13 @@ def run(tiny_file: Path, tmp_path: Path) -> Run:
 
 
 @pytest.fixture
-def ask_to_stop(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """`ask_to_stop(n)`: a SIGTERM arrives in the middle of step n (counted from 1)."""
+def ask_to_stop(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`ask_to_stop(n)`: a signal arrives in the middle of step n (counted from 1)."""
 
-    def at(step: int) -> None:
+    def at(step: int, number: signal.Signals = signal.SIGTERM) -> None:
         def signalled(model: torch.nn.Module, done: int) -> None:
             if done + 1 == step:
-                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(number)
             set_step(model, done)
 
         monkeypatch.setattr(joint.training, "set_step", signalled)
@@ -96,6 +96,20 @@ def test_a_run_stopped_by_sigterm_and_resumed_is_the_run_bit_by_bit(run, ask_to_
     run()
     same(folder, flat, unbroken)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_run_stopped_by_ctrl_c_and_resumed_is_the_run_bit_by_bit(run, ask_to_stop, flat, unbroken, tmp_path, capfd):
+    before = signal.getsignal(signal.SIGINT)
+    ask_to_stop(3, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    said = capfd.readouterr()
+    assert f"stopped after step 3 of {STEPS}; the same command goes on from there" in said.out
+    assert said.err.count("interrupted: training stops at its next step and saves") == 1
+    assert steps_of(tmp_path / "runs" / "tiny")[-1] == "step-00000003"
+    assert signal.getsignal(signal.SIGINT) == before
+    ask_to_stop(0)
+    same(run(), flat, unbroken)
 
 
 def test_a_run_killed_between_checkpoints_repeats_the_lost_steps(run, flat, unbroken, monkeypatch):

@@ -26,6 +26,7 @@ from joint.data.dataset import Dataset
 from joint.data.loader import Loader
 from joint.errors import UserError
 from joint.features import Plan
+from joint.stopping import stop_signal
 from joint.summary import alignment_table
 from joint.train import main
 
@@ -33,7 +34,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
-    """Python with these arguments, at the root of the project."""
+    """Python, which a terminal's Ctrl-C would reach, with these arguments, at the root of the project."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, *arguments],
@@ -42,6 +43,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
 
 
@@ -250,14 +252,48 @@ def test_a_loss_that_blows_up_ends_all_ranks_and_is_said_once(tiny_file):
     assert err.count("is not finite; a lower learning rate may mend it") == 1
 
 
-@pytest.mark.slow
-def test_sigterm_to_torchrun_saves_and_one_process_goes_on(tiny_file, tmp_path):
-    overrides = ["data.epochs=25", "train.checkpoint_every=100000", "train.evaluate_every_epochs=0"]
-    process = start(*TORCHRUN, "-m", "joint.train", str(tiny_file), *overrides)
+def amid(config: str, *launcher: str) -> tuple[subprocess.Popen[str], tuple[str, ...]]:
+    """A training amid 200 steps that save nothing, and its overrides."""
+    overrides = ("data.epochs=25", "train.checkpoint_every=100000", "train.evaluate_every_epochs=0")
+    process = start(*launcher, "-m", "joint.train", config, *overrides)
     assert process.stdout is not None
     while not process.stdout.readline().startswith("step     10/"):
         assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
+    return process, overrides
+
+
+def test_ctrl_c_saves_and_says_so(tiny_file, tmp_path):
+    process, _ = amid(str(tiny_file))
+    process.send_signal(signal.SIGINT)
+    code, out, err = finish(process)
+    (saved,) = checkpoint.steps(tmp_path / "runs/tiny/checkpoints")
+    assert code == 130, err
+    assert err == "interrupted: training stops at its next step and saves; Ctrl-C again ends it at once, without\n"
+    assert f"stopped after step {int(saved.name[5:])} of 200; the same command goes on from there" in out
+
+
+def test_a_second_ctrl_c_is_the_system_s_own_and_one_that_is_ignored_stays_so():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), stop_signal() as asked:
+        assert not asked()
+        signal.raise_signal(signal.SIGINT)
+        assert asked()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == before
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with stop_signal() as asked:
+            signal.raise_signal(signal.SIGINT)
+            assert not asked()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_torchrun_saves_and_one_process_goes_on(tiny_file, tmp_path, number):
+    process, overrides = amid(str(tiny_file), *TORCHRUN)
+    process.send_signal(number)
     _, out, _ = finish(process)
     (saved,) = checkpoint.steps(tmp_path / "runs/tiny/checkpoints")
     step = int(saved.name.split("-")[1])
