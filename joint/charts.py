@@ -20,7 +20,7 @@ OF_SPEED: Charts = {
     "candidates a second": ["speed/candidates_per_second$"],
     "share of time waiting for data": ["speed/data_wait_fraction$"],
     "seconds left": ["speed/seconds_left$"],
-    "peak memory, GiB": ["memory/peak_gib$"],
+    "peak memory, MB": ["memory/peak_mb$"],
 }
 
 

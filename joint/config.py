@@ -16,6 +16,7 @@ from torch import nn
 from joint.commands import run_command
 from joint.configuring import settings
 from joint.configuring.unread import UnreadError, as_far_as_read
+from joint.errors import ConfigError
 from joint.experiment import ALSO_CALLED, HEADS, Config, heads_of
 from joint.objectives import (
     AdaptiveContrastive,
@@ -44,8 +45,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
     Raises:
         ConfigError: one line per mistake, all of them.
     """
-    tree = settings.read(path, overrides)
+    tree = read_experiment(path, overrides)
     return config_of(tree), tree
+
+
+def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> settings.Tree:
+    """`settings.read`; ConfigError if the file is an ablation of an experiment."""
+    tree = settings.read(path, overrides)
+    if isinstance(tree.value, dict) and "variants" in tree.value:
+        raise ConfigError(f"{path} is an ablation: python -m joint.compare {path}")
+    return tree
 
 
 def config_of(tree: settings.Tree) -> Config:
@@ -349,7 +358,7 @@ def main() -> int:
     """Print the resolved config; returns the exit code."""
     parser = argparse.ArgumentParser(prog="joint.config", description="Print a config as resolved, or its mistakes.")
     parser.add_argument("config", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     arguments = parser.parse_args()
     config, _ = load_config(arguments.config, arguments.overrides)
     print(settings.dump(config), end="")

@@ -15,7 +15,9 @@ def main() -> int:
     """Evaluate a run and print the table; returns the exit code."""
     parser = argparse.ArgumentParser(prog="joint.evaluate", description="Measure a run's newest checkpoint.")
     parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of evaluation.* and heads.HEAD.fusion only")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="of evaluation.* and heads.HEAD.fusion only"
+    )
     parser.add_argument("--split", choices=SPLITS, help="default: the config's evaluation.test, which writes eval.json")
     parser.add_argument(
         "--choose-fusion", metavar="HEAD", help="try a grid of its tasks' weights, on evaluation.valid by default"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from joint.config import Head, Mistake, mistakes, unknown_names
+from joint.config import Head, Mistake, mistakes, read_experiment, unknown_names
 from joint.configuring import settings
 from joint.configuring.unread import UNREAD, UnreadError, as_far_as_read
 from joint.data.dataset import Dataset
@@ -18,7 +18,7 @@ from joint.schema import NEVER, STAGES, Feature, Schema, read_schema
 from towers.retrieval import Retrieval
 from towers.sequence import SelfAttention, TargetAttention
 
-MOST_SAID = 8  # mistakes that are said in full before anything runs
+MOST_SAID = 10  # lines about mistakes before anything runs
 
 
 def load_fitting(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, Dataset]:
@@ -27,7 +27,7 @@ def load_fitting(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Confi
     Raises:
         ConfigError: one line per mistake; of those after the first few their places.
     """
-    tree = settings.read(path, overrides)
+    tree = read_experiment(path, overrides)
     config, problems = settings.attempt(tree, Config, also_called=ALSO_CALLED)
     found = list(mistakes(config))
     told = {path for path, _ in found}  # by the config alone: what the dataset has to say of them would be the same

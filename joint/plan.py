@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the plan; returns the exit code."""
     parser = argparse.ArgumentParser(prog="joint.plan", description="Plan the sharding of a config's tables.")
     parser.add_argument("config", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--world-size", type=int, required=True, help="number of ranks")
     parser.add_argument("--ranks-per-machine", type=int, default=8)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")

@@ -93,7 +93,7 @@ class Reporter:
             "speed/requests_per_second": requests / self._seconds,
             "speed/candidates_per_second": candidates / self._seconds,
             "speed/data_wait_fraction": self._waited / self._seconds,
-            "memory/peak_gib": peak_memory() / 2**30,
+            "memory/peak_mb": peak_memory() / 1e6,
         }
 
     def numbers(self, step: int, numbers: Mapping[str, float], *, only: Container[str] | None = None) -> None:
@@ -146,7 +146,7 @@ def _pace_text(numbers: Mapping[str, float]) -> str:
         f"{numbers['speed/requests_per_second']:,.0f} requests/s",
         f"{numbers['speed/candidates_per_second']:,.0f} candidates/s",
         f"waiting {numbers['speed/data_wait_fraction']:.0%}",
-        size_text(numbers["memory/peak_gib"] * 2**30),
+        size_text(numbers["memory/peak_mb"] * 1e6),
     ]
     return ", ".join(words)
 

@@ -41,6 +41,7 @@ def opening(
     trained = {objective.head for objective in config.objectives.values()}
     dense = sum(p.numel() for name, p in model.named_parameters() if "embeddings." not in name)
     begin = f"resuming after step {progress.step}" if progress.step else "starting"
+    begin = begin if progress.step < total else "trained to its end before, and measured again"
     batches = f"{config.data.requests_per_batch} ({loader.mean_requests:.1f} on average)"
     return "\n".join(
         [

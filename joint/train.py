@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="joint.train", description="Train an experiment; the same command resumes it."
     )
     parser.add_argument("config", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument(
         "--continue", dest="continues", type=Path, metavar="RUN", help="begin where another run ended, on later days"
     )

@@ -135,6 +135,8 @@ def read_ablation(
         DataError: a dataset cannot be read.
     """
     tree = settings.read(path, overrides)
+    if isinstance(tree.value, dict) and not {"variants", "baseline"} & {*tree.value}:
+        raise ConfigError(f"{path} is an experiment, without variants to compare: python -m joint.train {path}")
     names, others = ([item.name for item in fields(cls)] for cls in (Ablation, Config))
     unknown = [key for key in tree.value if key not in names + others]
     settings.raise_at(tree, [(key, f"unknown key{settings.near_miss(key, names + others)}") for key in unknown])

@@ -199,13 +199,17 @@ def raise_at(tree: Tree, problems: Iterable[tuple[str, str]]) -> None:
 
 
 def raise_all(problems: Problems, *, most: int | None = None) -> None:
-    """Raise one ConfigError for all problems, if any, in the order of their places; after `most` of them only these."""
+    """Raise one ConfigError for all problems, if any, in the order of their places.
+
+    Of more than `most` the last line has the places of those that are left.
+    """
     if problems:
         ordered = sorted(problems, key=lambda problem: problem[0])
         lines = [f"{place.text}: {message}" for place, message in ordered]
-        if more := ordered[most:] if most else []:
+        if most and len(lines) > most:
+            more = ordered[most - 1 :]
             places = ", ".join(dict.fromkeys(place.text for place, _ in more))
-            lines[most:] = [f"… and {len(more)} more, at {places}"]
+            lines[most - 1 :] = [f"… and {len(more)} more, at {places}"]
         raise ConfigError("\n".join(lines))
 
 

@@ -10,6 +10,8 @@ from scipy import stats
 
 from joint.comparison.ablation import Plan, read_ablation
 from joint.comparison.tuning import Tune, applied, reach
+from joint.config import load_config
+from joint.configuring.fit import load_fitting
 from joint.configuring.settings import differences
 from joint.errors import ConfigError, DataError
 
@@ -132,6 +134,20 @@ def test_mistakes_of_all_variants_come_at_once_and_those_of_the_base_once(ablati
 )
 def test_other_mistakes(ablation, old, new, says):
     assert says in "\n".join(errors(edited(ablation, (old, new))))
+
+
+def test_an_experiment_in_place_of_an_ablation_and_the_reverse_are_one_line(tmp_path):
+    experiment, other = tmp_path / "experiment.yaml", tmp_path / "ablation.yaml"
+    experiment.write_text("data: {path: nowhere}\n")
+    other.write_text("baseline: base\nvariants: {base: {}}\nseeds: 3\nprimary: x\n")
+    with pytest.raises(ConfigError) as raised:
+        read_ablation(experiment)
+    said = "is an experiment, without variants to compare: python -m joint.train"
+    assert str(raised.value) == f"{experiment} {said} {experiment}"
+    for read in (load_config, load_fitting):
+        with pytest.raises(ConfigError) as raised:
+            read(other)
+        assert str(raised.value) == f"{other} is an ablation: python -m joint.compare {other}"
 
 
 def test_a_dataset_that_is_not_there_is_said_once(ablation):

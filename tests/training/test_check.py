@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,8 +101,19 @@ def test_no_more_than_a_screen_of_mistakes_and_where_the_rest_are(check):
     code, _, err = check(*wrong)
     lines = err.splitlines()
     assert code == 2
-    assert len(lines) == MOST_SAID + 1
-    assert lines[-1].startswith("… and 4 more, at objectives.o8=")
+    assert len(lines) == MOST_SAID
+    assert lines[-1].startswith("… and 3 more, at objectives.o9=")
+    lines = check(*wrong[:MOST_SAID])[2].splitlines()
+    assert len(lines) == MOST_SAID
+    assert "no task 'no'" in lines[-1]
+
+
+@pytest.mark.parametrize("command", ["train", "config", "plan", "evaluate"])
+def test_overrides_are_not_said_to_be_required(command, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [command])
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"joint.{command}").main()
+    assert re.search(r"required: (config|run)$", capsys.readouterr().err.strip())
 
 
 def test_a_dataset_that_is_not_there_hides_no_other_mistake(check):

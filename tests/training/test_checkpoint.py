@@ -181,7 +181,8 @@ def test_a_finished_run_started_again_shows_its_table_and_changes_nothing(run, c
     table = first[first.index("recall@3  ") :]
     assert second.endswith(table)
     assert "step  " not in second
-    assert "resuming after step 8" in second
+    assert "resuming after" not in second
+    assert "trained to its end before, and measured again" in second
     same_files = {name for name in before if not name.startswith(("train.log", "tensorboard"))}
     assert {name: after[name] for name in same_files} == {name: before[name] for name in same_files}
 

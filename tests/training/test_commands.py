@@ -274,11 +274,14 @@ def test_ctrl_c_saves_and_says_so(tiny_file, tmp_path):
 
 def test_a_second_ctrl_c_is_the_system_s_own_and_one_that_is_ignored_stays_so():
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), stop_signal() as asked:
-        assert not asked()
-        signal.raise_signal(signal.SIGINT)
-        assert asked()
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    stopping = stop_signal()
+    asked = stopping.__enter__()
+    assert not asked()
+    signal.raise_signal(signal.SIGINT)
+    assert asked()
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    with pytest.raises(KeyboardInterrupt):
+        stopping.__exit__(None, None, None)
     assert signal.getsignal(signal.SIGINT) == before
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
