@@ -145,10 +145,11 @@ def open_run(config: Config, schema: Schema, scores: str = "", *, continues: Pat
     run = RunDirectory(Path(config.run.dir) / config.run.name)
     if run.begun:
         before, _ = run.load_config()
-        differing = settings.differences(_without_places(before), _without_places(config))
+        differing = settings.differences(_decisive(before), _decisive(config))
         if differing:
             found = "; ".join(differing[:MOST_SAID]) + ("; …" if len(differing) > MOST_SAID else "")
-            raise CheckpointError(f"{run.path}: made by another config; choose another run.name. Differing: {found}")
+            said = "made by another config; choose another run.name. Differing (what the run has != what you say)"
+            raise CheckpointError(f"{run.path}: {said}: {found}")
         run.check_dataset(schema)
         environment = run.read_environment()
         if (found := environment.get("scores", "")) != scores:
@@ -186,9 +187,17 @@ def write_metrics(run: RunDirectory, found: Mapping[str, float], requests: Mappi
     write_whole(run.evaluation, json.dumps(known, indent=1))
 
 
-def _without_places(config: Config) -> Config:
-    """Run directories and datasets may be moved; the dataset's hash says whether it is the same."""
-    return replace(config, run=Run(name="anywhere", seed=config.run.seed), data=replace(config.data, path=""))
+def _decisive(config: Config) -> Config:
+    """What a run may not change when it goes on: all but places, and when it speaks and saves.
+
+    Run directories and datasets may be moved; the dataset's hash says whether it is the same.
+    """
+    return replace(
+        config,
+        run=Run(name="anywhere", seed=config.run.seed),
+        data=replace(config.data, path=""),
+        train=replace(config.train, log_every=1, checkpoint_every=1),
+    )
 
 
 def _environment(config: Config, schema: Schema, continues: Path | None) -> dict[str, object]:

@@ -187,13 +187,25 @@ def test_a_finished_run_started_again_shows_its_table_and_changes_nothing(run, c
     assert {name: after[name] for name in same_files} == {name: before[name] for name in same_files}
 
 
+def test_a_run_may_speak_and_save_at_other_steps_when_it_goes_on(run, ask_to_stop, flat, unbroken):
+    ask_to_stop(3)
+    run()
+    ask_to_stop(0)
+    folder = run("train.log_every=4", "train.checkpoint_every=7")
+    weights, _, evaluation = unbroken
+    after = flat(folder / "checkpoints")
+    assert [name for name in weights if not torch.equal(after[name], weights[name])] == []
+    assert (folder / "eval.json").read_text() == evaluation
+    assert steps_of(folder) == ["step-00000014", "step-00000016"]
+
+
 def test_another_config_is_refused_with_its_differences_and_changes_nothing(run):
     folder = run("train.log_every=8", "data.epochs=1")
     before = everything(folder)
     with pytest.raises(CheckpointError) as raised:
         run("train.log_every=8", "data.epochs=2", "objectives.distill.weight=2", "objectives.negatives=")
     text = str(raised.value)
-    assert text.startswith(f"{folder}: made by another config; choose another run.name. Differing: ")
+    assert text.startswith(f"{folder}: made by another config; choose another run.name. Differing (what the run has")
     for difference in ("data.epochs: 1 != 2", "objectives.distill.weight: 0.5 != 2.0", "objectives.negatives"):
         assert difference in text
     assert "\n" not in text
