@@ -265,11 +265,11 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "long gap": ("gap: 36501d", r":6: gap: expected a duration of at most 36500d, found '36501d'"),
     "length": (
         f"histories: {{h: {{when: exposed, length: {10**20}}}}}",
-        r"histories\.h: length must be from 1 to 1000000",
+        r"histories\.h\.length: must be from 1 to 1000000",
     ),
     "long run": (f"run: {10**20}", "run: from 1 to 1000000"),
     "size": (f"features: {{f: {{kind: vector, size: {10**20}}}}}", "quantiles and size must be at most 1000000"),
-    "NaN edge": ("features: {f: {kind: bucket, edges: [.nan]}}", r"features\.f: edges must be finite and ascend"),
+    "NaN edge": ("features: {f: {kind: bucket, edges: [.nan]}}", r"features\.f\.edges: must be finite and ascend"),
     "stage": ("stages: {flags: {expsoed: x}}", "expsoed is not a logged stage; did you mean exposed"),
     "random": ("stages: {flags: {random: x}}", "random is not a logged stage"),
     "half of stages": ("stages: {column: x}", "expected either flags, or column and values"),

@@ -232,7 +232,7 @@ adam:
 
 def test_errors_of_post_init_are_placed_at_the_field_they_open_with() -> None:
     assert errors_of("name: a\nranking:\n  trunk:\n    kind: snr\n    beta: -1") == [
-        "c.yaml:5: ranking.trunk: beta must be positive, found -1.0"
+        "c.yaml:5: ranking.trunk.beta: must be positive, found -1.0"
     ]
     text = "name: a\nranking:\n  trunk:\n    kind: snr\n    beta: 1"
     assert errors_of(text, "ranking.trunk.mode=aver") == [

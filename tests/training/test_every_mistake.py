@@ -132,15 +132,15 @@ def test_a_required_key_that_is_missing_is_one_line(tiny, tmp_path):
         (
             {"data.epochs": 0, "optimizer.dense.lr": -1, "evaluation.task": "lik"},
             [
-                "data: epochs must be at least 1, found 0",
+                "data.epochs: must be at least 1, found 0",
                 "evaluation.task: no task 'lik'; did you mean like?",
-                "optimizer.dense: lr must be at least 0, found -1.0",
+                "optimizer.dense.lr: must be at least 0, found -1.0",
             ],
         ),
         # 20 requests are no multiple of the 8 shards that there are by default; these are not what was meant.
         (
             {"data.shards": "two", "data.requests_per_batch": 20, "data.epochs": 0},
-            ["data.shards: expected an integer, found 'two'", "data: epochs must be at least 1, found 0"],
+            ["data.shards: expected an integer, found 'two'", "data.epochs: must be at least 1, found 0"],
         ),
         # A block whose loss is unknown, another one's space, and a table.
         (
