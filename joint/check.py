@@ -14,7 +14,7 @@ from joint.continuing import open_before
 from joint.cost import head_costs
 from joint.data.assemble import Assembler
 from joint.data.dataset import Dataset
-from joint.data.loader import Loader
+from joint.data.loader import Loader, latest_known
 from joint.data.order import Position
 from joint.distributed import process_group, rank, world_size
 from joint.errors import CheckpointError, ConfigError
@@ -26,7 +26,7 @@ from joint.optimizers import build_optimizer, state_of_row
 from joint.plan import rows_by_rank
 from joint.reporting import peak_memory
 from joint.run import open_run
-from joint.schema import SPLITS
+from joint.schema import SPLITS, Schema
 from joint.sizes import size_text
 from joint.summary import aligned, collision_lines, cost_cells, thin_batches, wrapped
 from joint.task import build_task
@@ -77,6 +77,7 @@ def _data_lines(plan: Plan, loader: Loader) -> Iterator[str]:
     config, schema = plan.config, plan.schema
     read = {key.feature.name for key in plan.keys} | {cross.feature for cross in plan.crosses.values()}
     days = schema.days(config.data.train, config.data.days)
+    known = _known(config, schema, days)
     split = [f"{schema.requests(name):,} {name}" for name in SPLITS if schema.requests(name)]
     yield _line(
         "dataset", [f"{schema.items:,} items", *split, f"trains on {len(days)} day(s), {days[0]} to {days[-1]}"]
@@ -85,7 +86,7 @@ def _data_lines(plan: Plan, loader: Loader) -> Iterator[str]:
         yield _line(f"{level}s", [f.name for f in schema.features if f.level == level and f.name in read])
     yield _line("not read", [f.name for f in schema.features if f.name not in read])
     yield _line("histories", [f"{name} (newest {length})" for name, length in plan.history_lengths.items()])
-    yield _line("labels", [_label(name, task) for name, task in config.tasks.items()])
+    yield _line("labels", [_label(name, task, known.get(name, "")) for name, task in config.tasks.items()])
     quotas = [f"{stage} {quota}" for stage, quota in config.data.candidates.items()]
     yield _line(
         "batch", [f"{config.data.requests_per_batch} requests ({loader.mean_requests:.1f} on average)", *quotas]
@@ -97,9 +98,19 @@ def _line(name: str, words: Sequence[str]) -> str:
     return wrapped(words or ["-"], first=f"{name:<11}", between=", ")
 
 
-def _label(name: str, task: Task) -> str:
+def _label(name: str, task: Task, known: str) -> str:
     rule = "" if task.kind == "ratio" else f" from {task.at_least:g} on"
-    return f"{name} is {task.label}{rule}" + (f" ({task.kind})" if task.kind != "binary" else "")
+    notes = [note for note in (task.kind if task.kind != "binary" else "", known) if note]
+    return f"{name} is {task.label}{rule}" + (f" ({', '.join(notes)})" if notes else "")
+
+
+def _known(config: Config, schema: Schema, days: Sequence[str]) -> dict[str, str]:
+    """Task whose label matures late -> on how many of the training days it is known: its loss comes and goes by day."""
+    found = {}
+    for name, latest in latest_known(config, schema).items():
+        known = {part.day for part in schema.parts if part.begin <= latest} & {*days}
+        found[name] = f"known on {len(known)} of {len(days)} days"
+    return found
 
 
 def _table_lines(plan: Plan, held: Mapping[str, Sequence[int]]) -> Iterator[str]:

@@ -11,9 +11,9 @@ from scipy import stats
 from joint.comparison.ablation import Plan, read_ablation
 from joint.comparison.tuning import Tune, applied, reach
 from joint.config import load_config
-from joint.configuring.fit import load_fitting
 from joint.configuring.settings import differences
 from joint.errors import ConfigError, DataError
+from joint.fit import load_fitting
 
 TUNE = "\ntune: {trials: 3, over: {optimizer.dense.lr: [0.001, 0.1], objectives.distill.weight: [0.1, 10]}}"
 

@@ -12,7 +12,10 @@ from torch.distributed.checkpoint import FileSystemReader
 
 import joint.train
 from joint import first_steps
+from joint.check import _data_lines
 from joint.commands import run_command
+from joint.data.assemble import Assembler
+from joint.data.loader import Loader
 from joint.features import Plan
 from joint.fit import MOST_SAID, load_fitting
 from joint.plan import rows_by_rank
@@ -96,6 +99,18 @@ def test_mistakes_of_every_kind_are_said_at_once(check, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_label_that_matures_late_says_on_how_many_days_it_is_known(tiny_file):
+    config, dataset = load_fitting(tiny_file, ["tasks.fine.matures_after=30"])
+    days = dataset.schema.days(config.data.train)
+    begin = min(part.begin for part in dataset.schema.parts if part.split in ("valid", "test"))
+    first = {day: min(part.begin for part in dataset.schema.parts if part.day == day) for day in days}
+    known = sum(begin - first[day] >= 30 * 86_400 for day in days)
+    assert 0 < known < len(days)
+    loader = Loader(Assembler(Plan(config, dataset.schema), dataset), rank=0, world_size=1)
+    page = " ".join("\n".join(_data_lines(loader.assembler.plan, loader)).split())
+    assert f"like is rating from 4 on, fine is rating from 3 on (known on {known} of {len(days)} days)" in page
+
+
 def test_no_more_than_a_screen_of_mistakes_and_where_the_rest_are(check):
     wrong = [f"objectives.o{n}={{head: ranking, loss: binary, space: [exposed], tasks: [no]}}" for n in range(12)]
     code, _, err = check(*wrong)
@@ -113,7 +128,7 @@ def test_overrides_are_not_said_to_be_required(command, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [command])
     with pytest.raises(SystemExit):
         importlib.import_module(f"joint.{command}").main()
-    assert re.search(r"required: (config|run)$", capsys.readouterr().err.strip())
+    assert "key=value" not in capsys.readouterr().err.split("required: ")[1]
 
 
 def test_a_dataset_that_is_not_there_hides_no_other_mistake(check):
