@@ -162,8 +162,8 @@ def _placed(lines: Iterable[str], tree: Tree, path: str) -> Iterator[tuple[Place
     """Lines at their places: that of the field which a line opens with, or of the mapping."""
     for line in lines:
         word = line.split(" ")[0]
-        if isinstance(tree.value, dict) and word in tree.value:
-            line, word = re.sub(r"^\w+(?= (must|is) )", r"\g<0>:", line), f"{word}:"
+        if path and isinstance(tree.value, dict) and word in tree.value and re.match(r"\w+ (must|is) ", line):
+            line, word = line.replace(word, f"{word}:", 1), f"{word}:"
         message = line if not path else f"{path}.{line}" if word.endswith(":") else f"{path}: {line}"
         yield find(tree, word.rstrip(":")).place, message
 
