@@ -128,7 +128,7 @@ def test_mistakes_of_all_variants_come_at_once_and_those_of_the_base_once(ablati
         ("seeds: 2", "worlds: worlds/*", "ablation.yaml:8: worlds: no prepared dataset matches worlds/*"),
         ("seeds: 2", "tune: {trials: 0, over: {}}", "ablation.yaml:8: tune.trials: must be at least 1, found 0"),
         ("seeds: 2", "tune: {trials: 1, over: {data.epochs: [1, 2]}}", "no variant has a number with a fraction there"),
-        ("seeds: 2", "tune: {trials: 1, over: {a: [2, 1]}}", "over.a: must be a range above 0, low before high"),
+        ("seeds: 2", "tune: {trials: 1, over: {a: [2, 1]}}", "over: a must be a range above 0, low before high"),
         ("seeds: 2", "tune: {trials: 1, over: {a: [0, 2]}}", "must be a range above 0"),
     ],
 )

@@ -196,7 +196,7 @@ def test_a_run_may_speak_and_save_at_other_steps_when_it_goes_on(run, ask_to_sto
     after = flat(folder / "checkpoints")
     assert [name for name in weights if not torch.equal(after[name], weights[name])] == []
     assert (folder / "eval.json").read_text() == evaluation
-    assert steps_of(folder) == ["step-00000014", "step-00000016"]
+    assert steps_of(folder)[-2:] == ["step-00000014", "step-00000016"]
 
 
 def test_another_config_is_refused_with_its_differences_and_changes_nothing(run):

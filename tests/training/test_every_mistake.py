@@ -140,7 +140,7 @@ def test_a_required_key_that_is_missing_is_one_line(tiny, tmp_path):
         # 20 requests are no multiple of the 8 shards that there are by default; these are not what was meant.
         (
             {"data.shards": "two", "data.requests_per_batch": 20, "data.epochs": 0},
-            ["data.shards: expected an integer, found 'two'", "data.epochs: must be at least 1, found 0"],
+            ["data.epochs: must be at least 1, found 0", "data.shards: expected an integer, found 'two'"],
         ),
         # A block whose loss is unknown, another one's space, and a table.
         (
