@@ -99,18 +99,14 @@ def test_mistakes_of_every_kind_are_said_at_once(check, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_label_that_matures_late_says_on_how_many_days_it_is_known(tiny_file):
-    config, dataset = load_fitting(tiny_file)
-    days = dataset.schema.days(config.data.train)
-    begin = min(part.begin for part in dataset.schema.parts if part.split in ("valid", "test"))
-    first = {day: min(part.begin for part in dataset.schema.parts if part.day == day) for day in days}
-    known = len(days) // 2
-    after = (begin - sorted(first.values())[known - 1]) / 86_400
-    config, dataset = load_fitting(tiny_file, [f"tasks.fine.matures_after={after - 0.001}"])
-    assert 0 < known < len(days)
+@pytest.mark.parametrize(("after", "all_days"), [(1e-5, True), (1e6, False)])
+def test_a_label_that_matures_late_says_on_how_many_days_it_is_known(tiny_file, after, all_days):
+    config, dataset = load_fitting(tiny_file, [f"tasks.fine.matures_after={after}"])
+    days = len(dataset.schema.days(config.data.train))
     loader = Loader(Assembler(Plan(config, dataset.schema), dataset), rank=0, world_size=1)
     page = " ".join("\n".join(_data_lines(loader.assembler.plan, loader)).split())
-    assert f"like is rating from 4 on, fine is rating from 3 on (known on {known} of {len(days)} days)" in page
+    known = f"known on {days if all_days else 0} of {days} days"
+    assert f"like is rating from 4 on, fine is rating from 3 on ({known})" in page
 
 
 def test_no_more_than_a_screen_of_mistakes_and_where_the_rest_are(check):
