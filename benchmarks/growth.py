@@ -153,8 +153,8 @@ def draw(found: Mapping[str, list[dict[str, float]]], sizes: Mapping[str, list[i
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    shape = {"figsize": (9, 2.2 * len(found)), "squeeze": False, "sharey": "col", "layout": "constrained"}
-    figure, axes = pyplot.subplots(len(found), 2, **shape)
+    figure = pyplot.figure(figsize=(9, 2.2 * len(found)), layout="constrained")
+    axes = figure.subplots(len(found), 2, squeeze=False, sharey="col")
     for row, (name, points) in enumerate(found.items()):
         for column, (key, what, label, ticks) in enumerate(COLUMNS):
             values, axis = [of[key] for of in points], axes[row, column]
