@@ -62,6 +62,14 @@ setup(
     package_data={"joint": ["py.typed"], "towers": ["py.typed"], "losses": ["py.typed"]}
     | {package: ["*.yaml"] for package in CONFIGS},
     entry_points={"console_scripts": ["joint=joint.__main__:main"]},
+    keywords="recommender systems, retrieval, pre-ranking, ranking, knowledge distillation, PyTorch, TorchRec",
+    classifiers=[
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.11",

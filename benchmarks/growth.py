@@ -44,7 +44,19 @@ SIZES: dict[str, list[int]] = {
     "tasks": [1, 2, 4, 8],
 }
 EXPOSED = 5
-ROWS = (("ms", "ms a step", (30, 100, 300, 1000)), ("mb", "peak MB", (500, 1000, 2000, 5000)))  # of the picture
+COLUMNS = (  # of the picture
+    ("ms", "time", "ms a step", (30, 100, 300, 1000)),
+    ("mb", "memory", "peak MB", (500, 1000, 2000, 5000)),
+)
+UNITS = {
+    "requests": "requests in the log",
+    "batch": "requests a batch",
+    "candidates": "candidates a request",
+    "history": "past items a request",
+    "corpus": "items in the corpus",
+    "rows": "rows of the item table",
+    "tasks": "tasks",
+}
 CONFIG = """
 run: {name: growth}
 data: {candidates: {exposed: all, ranked: all}}
@@ -137,24 +149,23 @@ def exponent(sizes: list[int], values: list[float]) -> float:
 
 
 def draw(found: Mapping[str, list[dict[str, float]]], sizes: Mapping[str, list[int]], out: Path) -> None:
-    """Time and memory against every size, both axes logarithmic."""
+    """Time beside memory, a row a size, both axes logarithmic."""
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, len(found), figsize=(2.6 * len(found), 5), squeeze=False, sharey="row")
-    for column, (name, points) in enumerate(found.items()):
-        for row, (key, label, ticks) in enumerate(ROWS):
+    figure = pyplot.figure(figsize=(9, 2.2 * len(found)), layout="constrained")
+    axes = figure.subplots(len(found), 2, squeeze=False, sharey="col")
+    for row, (name, points) in enumerate(found.items()):
+        for column, (key, what, label, ticks) in enumerate(COLUMNS):
             values, axis = [of[key] for of in points], axes[row, column]
             axis.loglog(sizes[name], values, "o-", color=BLUE)
-            axis.set_title(f"{name}: {exponent(sizes[name], values):.2f}", fontsize=10)
+            axis.set_title(f"{what} grows as {name}^{exponent(sizes[name], values):.2f}", fontsize=13, loc="left")
             axis.grid(alpha=0.3)
-            ends = sizes[name][0], sizes[name][-1]
-            axis.set_xticks(ends, [f"{size:,}" for size in ends])
+            axis.set_xticks(sizes[name], [f"{size:,}" for size in sizes[name]])
             axis.set_yticks(ticks, [f"{value:,}" for value in ticks])
             axis.minorticks_off()
-            if not column:
-                axis.set_ylabel(label)
-    figure.tight_layout()
+            axis.set_xlabel(UNITS[name], fontsize=12)
+            axis.set_ylabel(label, fontsize=12)
     figure.savefig(out, dpi=90)
 
 

@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_versions()
     # Imported only now: with a wrong combination of versions these imports fail, and less clearly.
     from joint.exporting.build import Choices, export_run
+    from joint.run import RunDirectory
 
     choices = Choices(
         heads=_heads(parsed.heads or ",".join(HEADS)),
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder, differences = export_run(parsed.run, parsed.out, choices)
     print(f"{folder}: exported, and answers as the training forward does; largest differences, as parts of the scale:")
     print("  " + ", ".join(f"{name} {value:.1e}" for name, value in differences.items()))
+    if not choices.teacher and RunDirectory(parsed.run).load_config()[0].heads.ranking:
+        print("  without the ranking head (--with-teacher adds it)")
     return 0
 
 

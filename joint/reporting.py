@@ -46,6 +46,12 @@ class Reporter:
             self.log.write(text + "\n")
             self.log.flush()
 
+    def text(self, name: str, text: str, step: int) -> None:
+        """Say lines that TensorBoard's tab Text is to have too, under this name."""
+        self.say(text)
+        if self.speaks:
+            self.board.add_text(name, f"```\n{text}\n```", step)
+
     def charts(self, layout: Layout) -> None:
         """Lay out TensorBoard's tab Custom Scalars (`joint.charts`)."""
         self.layout = layout
@@ -119,9 +125,7 @@ class Reporter:
         The table is in its tab Text, under `test`.
         """
         self.numbers(step, numbers, only=drawn(self.layout, numbers))
-        self.say(table)
-        if self.speaks:
-            self.board.add_text("test", f"```\n{table}\n```", step)
+        self.text("test", table, step)
 
     def counts(self) -> tuple[int, int, int]:
         """Requests, candidates and unknown ids of this rank since the last interval."""

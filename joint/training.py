@@ -63,9 +63,9 @@ def train(config: Config, dataset: Dataset, *, continues: Path | None = None) ->
         costs = head_costs(model.module.dense.model)
         if config.train.fast_lookup and (trouble := use_fast_lookup(model)):
             reporter.say(trouble)
-        reporter.say(opening(plan, dataset, loader, model, costs, progress, total))
+        reporter.text("run", opening(plan, dataset, loader, model, costs, progress, total), progress.step)
         if not progress.step:
-            reporter.numbers(0, cost_numbers(costs))
+            reporter.numbers(0, cost_numbers(costs), only=())  # constants: no curves, and in the text
         pipeline = build_pipeline(model, optimizer, device)
         batches = Together(loader.from_position(progress.position, pinned=device.type == "cuda"), asked)
         beside = config.train.save_beside_training

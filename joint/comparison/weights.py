@@ -18,6 +18,7 @@ from joint.schema import GROUPS
 
 PREFIX = "negative_weights/"
 STAGES = tuple(GROUPS)  # from the easiest negatives to the hardest
+SAID = {"matching_ns": "random items", "pre_ranking_ns": "retrieved, not ranked", "ranking_ns": "ranked, not shown"}
 SMOOTH = 10
 LINES = {"matching_ns": (BLUE, "-"), "pre_ranking_ns": (ORANGE, "--"), "ranking_ns": (VERMILLION, ":")}
 
@@ -100,4 +101,4 @@ def _panel(axes: Axes, weights: pd.DataFrame, task: str) -> None:
         colour, dashes = LINES[stage]
         axes.plot(by_step.index, by_step, dashes, color=colour, linewidth=1, alpha=0.4)
         smooth = by_step.rolling(SMOOTH, min_periods=1).mean()
-        axes.plot(by_step.index, smooth, dashes, color=colour, linewidth=3, label=stage)
+        axes.plot(by_step.index, smooth, dashes, color=colour, linewidth=3, label=SAID[stage])

@@ -158,10 +158,14 @@ def test_mistakes_leave_nothing(shop_run: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_one_head_alone_orders_given_candidates_and_is_the_next_version(
-    shop_run: Path, exported: Path, asked: Callable[..., dict[str, Any]]
+    shop_run: Path,
+    exported: Path,
+    asked: Callable[..., dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = exported.parent
     assert export_main([str(shop_run), "--out", str(out), "--heads", "pre_ranking"]) == 0
+    assert capsys.readouterr().out.endswith("  without the ranking head (--with-teacher adds it)\n")
     assert serve_main(["check", str(out)]) == 0
     recommender = Recommender(out)
     assert recommender.version == "shop/2"

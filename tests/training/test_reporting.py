@@ -125,15 +125,20 @@ def test_every_chart_shows_something_and_the_board_has_what_someone_looks_at(tin
     )
     written = {(name, e["step"]) for e in lines_of(run) for name in e if name != "step"}
     drawn = {(name, event.step) for name in names for event in events.Scalars(name)}
-    assert {pair for pair in written if not pair[0].startswith("test/")} <= drawn <= written
+    curves = {pair for pair in written if not pair[0].startswith(("test/", "cost/"))}
+    assert curves <= drawn <= written
+    # A point each that no training moves: the tab Time Series would begin with them.
+    assert {f"cost/{head}/parameters" for head in heads} <= {name for name, at in written if at == 0}
+    assert not [name for name in names if name.startswith("cost/")]
     # Of what is measured once, at the end, only what has a place in a chart; all of it is in the table and eval.json.
     of_the_end = {name for name in names if name.startswith("test/")}
     assert of_the_end == set().union(*lines.values()) & of_the_end
     assert len(of_the_end) < 20 < len(json.loads((run.path / "eval.json").read_text()))
-    (table,) = events.Tensors("test/text_summary")
-    (text,) = table.tensor_proto.string_val
-    assert text.decode().removeprefix("```\n").removesuffix("\n```") in run.log.read_text()
-    assert b"retrieval" in text
+    for tag, said in (("run", "multiply-adds"), ("test", "recall@10")):
+        (shown,) = events.Tensors(f"{tag}/text_summary")
+        text = shown.tensor_proto.string_val[0].decode().removeprefix("```\n").removesuffix("\n```")
+        assert text in run.log.read_text()
+        assert said in text
 
 
 def test_a_resumed_run_reports_nothing_twice(directory):
