@@ -308,7 +308,7 @@ def test_a_mistake_of_the_map(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrong", ["matures_after: .nan", "matures_after: .inf", "matures_after: 1e9", "scale: .nan"])
 def test_a_label_of_no_finite_number(wrong: str, tmp_path: Path) -> None:
     log = three_days(tmp_path, MINIMAL.replace("{click: click}", f"{{click: {{column: click, {wrong}}}}}"))
-    with pytest.raises(ConfigError, match=r":5: labels\.click: .*must be (from 0 to 36500|a finite number)$"):
+    with pytest.raises(ConfigError, match=r":5: labels\.click\.\w+: must be (from 0 to 36500|a finite number)$"):
         prepare(log, tmp_path / "out")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -184,3 +185,11 @@ def flat(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], dict[str,
             yield name, value
 
     return read
+
+
+@pytest.fixture
+def heeding_ctrl_c():
+    """SIGINT as on a terminal; a job in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

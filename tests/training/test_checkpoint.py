@@ -98,6 +98,7 @@ def test_a_run_stopped_by_sigterm_and_resumed_is_the_run_bit_by_bit(run, ask_to_
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.usefixtures("heeding_ctrl_c")
 def test_a_run_stopped_by_ctrl_c_and_resumed_is_the_run_bit_by_bit(run, ask_to_stop, flat, unbroken, tmp_path, capfd):
     before = signal.getsignal(signal.SIGINT)
     ask_to_stop(3, signal.SIGINT)

@@ -157,7 +157,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tiny_file, tmp_path):
         ("heads.ranking.features=[user_id, price, item_id]", "no feature, encoder or cross feature 'price'"),
         ("tasks.like.label=clicks", "tasks.like.label: no label 'clicks'; known: rating"),
         ("data.path=/nowhere", "/nowhere/dataset.json: not found; expected a prepared dataset"),
-        ("objectives.negatives.temperature=0", "temperature is 0.0, expected a number above 0"),
+        ("objectives.negatives.temperature=0", "temperature: is 0.0, expected a number above 0"),
         ("tables.gender.sharding=row_wise", None),  # three rows, one rank: fine
     ],
 )
@@ -272,6 +272,7 @@ def test_ctrl_c_saves_and_says_so(tiny_file, tmp_path):
     assert f"stopped after step {int(saved.name[5:])} of 200; the same command goes on from there" in out
 
 
+@pytest.mark.usefixtures("heeding_ctrl_c")
 def test_a_second_ctrl_c_is_the_system_s_own_and_one_that_is_ignored_stays_so():
     before = signal.getsignal(signal.SIGINT)
     stopping = stop_signal()

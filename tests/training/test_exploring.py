@@ -66,8 +66,8 @@ def test_a_history_in_part_changes_what_is_retrieved_alone(run: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([VARIETY, EXPLORE.format(-1, 1)], "noise must be at least 0"),
-        ([VARIETY, EXPLORE.format(1, 1.5)], "keep_history is a share, found 1.5"),
+        ([VARIETY, EXPLORE.format(-1, 1)], "noise: must be at least 0"),
+        ([VARIETY, EXPLORE.format(1, 1.5)], "keep_history: is a share, found 1.5"),
         ([EXPLORE.format(1, 1)], "evaluation.variety must say in what"),
         (["evaluation.variety=category_level_tow"], "no item feature of one id 'category_level_tow'"),
         ([EXPLORE.format(0, 1).replace("effective", "efective")], "no history 'efective'"),

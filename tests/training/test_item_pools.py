@@ -84,7 +84,7 @@ def test_a_run_with_a_channel_of_new_items(tmp_path: Path) -> None:
 def test_pools_that_make_no_sense(tiny_file: Path, tiny_data: Path) -> None:
     with pytest.raises(ConfigError, match="reserves 21 places; evaluation"):
         load_config(tiny_file, ["evaluation.pools={a: {quota: 20}, b: {quota: 1}}"])
-    with pytest.raises(ConfigError, match="quota must be at least 0, found -1"):
+    with pytest.raises(ConfigError, match="quota: must be at least 0, found -1"):
         load_config(tiny_file, ["evaluation.pools={a: {quota: -1}}"])
     config, tree = load_config(tiny_file, ["evaluation.pools={a: {pool: gold}}"])
     with pytest.raises(ConfigError, match=r"evaluation.pools.a.pool: no pool 'gold'"):

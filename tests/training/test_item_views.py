@@ -110,7 +110,7 @@ def test_a_placebo_has_the_views_of_other_items(step) -> None:
         ),
         ("{loss: item_views, space: [random]}", "random holds nothing: data.shared_random is 0"),
         ("{loss: item_views, space: [corpus], head: ranking}", "views are of the retrieval head's item tower"),
-        ("{loss: item_views, space: [corpus], share: 0}", "share is 0"),
+        ("{loss: item_views, space: [corpus], share: 0}", "share: is 0"),
     ],
 )
 def test_what_makes_no_sense(tiny_file, wrong: str, message: str) -> None:
