@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from joint.config import Head, Mistake, mistakes, read_experiment, unknown_names
@@ -100,11 +101,11 @@ def check_groups(config: Config, tree: settings.Tree, dataset: Dataset) -> None:
 
 
 def _unknown_groups(config: Config, dataset: Dataset) -> Iterator[Mistake]:
+    last = cache(dataset.largest_group)  # of all files' footers: once, and only where a head names groups
     for name, head in heads_of(config).items():
         with suppress(UnreadError):
-            last = dataset.largest_group() if head.fusion_by_group else 0
-            for group in (group for group in head.fusion_by_group if int(group) > last):
-                yield f"heads.{name}.fusion_by_group.{group}", f"the dataset's user groups go from 0 to {last}"
+            for group in (group for group in head.fusion_by_group if int(group) > last()):
+                yield f"heads.{name}.fusion_by_group.{group}", f"the dataset's user groups go from 0 to {last()}"
 
 
 def _empty_windows(config: Config, dataset: Dataset) -> Iterator[Mistake]:
